@@ -1,0 +1,62 @@
+"""The one table of picture sizes for many aspect ratios (the authors' 40 sizes of about 1024² pixels)."""
+
+from dataclasses import dataclass
+
+from pixart.errors import InputError
+
+# ratio height / width, as the authors round it → (height, width) at 1024 px
+SIZES_1024: dict[float, tuple[int, int]] = {
+    0.25: (512, 2048), 0.26: (512, 1984), 0.27: (512, 1920), 0.28: (512, 1856), 0.32: (576, 1792),
+    0.33: (576, 1728), 0.35: (576, 1664), 0.4: (640, 1600), 0.42: (640, 1536), 0.48: (704, 1472),
+    0.5: (704, 1408), 0.52: (704, 1344), 0.57: (768, 1344), 0.6: (768, 1280), 0.68: (832, 1216),
+    0.72: (832, 1152), 0.78: (896, 1152), 0.82: (896, 1088), 0.88: (960, 1088), 0.94: (960, 1024),
+    1.0: (1024, 1024), 1.07: (1024, 960), 1.13: (1088, 960), 1.21: (1088, 896), 1.29: (1152, 896),
+    1.38: (1152, 832), 1.46: (1216, 832), 1.67: (1280, 768), 1.75: (1344, 768), 2.0: (1408, 704),
+    2.09: (1472, 704), 2.4: (1536, 640), 2.5: (1600, 640), 2.89: (1664, 576), 3.0: (1728, 576),
+    3.11: (1792, 576), 3.62: (1856, 512), 3.75: (1920, 512), 3.88: (1984, 512), 4.0: (2048, 512),
+}  # fmt: skip
+# PixArt-α samples from these only; Σ from all
+SAMPLING_RATIOS_ALPHA: tuple[float, ...] = tuple(
+    ratio for ratio in SIZES_1024 if ratio not in (0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88)
+)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One size of picture; `ratio` is the table's rounded key, which training feeds as the aspect ratio."""
+
+    ratio: float
+    height: int
+    width: int
+
+
+def bucket_table(resolution: int, multiple: int, *, square: bool = False) -> list[Bucket]:
+    """The buckets at a resolution: the table scaled by resolution / 1024.
+
+    Args:
+        resolution: side in pixels of the square bucket.
+        multiple: what heights and widths must be multiples of: patch size × the autoencoder's downsampling.
+        square: only the square one.
+
+    Raises:
+        InputError: the square does not fit `multiple`. Other sizes are rounded to it, which the official resolutions
+            never need.
+    """
+    if resolution <= 0 or resolution % multiple:
+        raise InputError(f"resolution {resolution} is not a multiple of {multiple}, the pixels of one token")
+    if square:
+        return [Bucket(1.0, resolution, resolution)]
+
+    def scale(side: int) -> int:
+        return max(round(side * resolution / 1024 / multiple), 1) * multiple
+
+    table: dict[tuple[int, int], Bucket] = {}
+    for ratio, (height, width) in SIZES_1024.items():
+        size = scale(height), scale(width)
+        table.setdefault(size, Bucket(ratio, *size))
+    return list(table.values())
+
+
+def nearest_bucket(table: list[Bucket], height: int, width: int) -> Bucket:
+    """The bucket whose ratio is nearest to height / width."""
+    return min(table, key=lambda bucket: abs(bucket.ratio - height / width))

@@ -1,0 +1,186 @@
+"""Our own files: a model is a folder with `model.safetensors` and `config.json`; all writes are whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixart.config import build, to_dict
+from pixart.diffusion.sampling import SampleConfig
+from pixart.diffusion.schedule import DiffusionConfig
+from pixart.errors import InputError
+from pixart.model.autoencoder import AutoencoderConfig
+from pixart.model.pixart import PixArt, PixArtConfig
+from pixart.model.text import TextConfig
+
+WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that sampling from a model needs besides its weights; the sections of `config.json`."""
+
+    model: PixArtConfig = field(default_factory=PixArtConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)  # a recommendation
+
+
+def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
+    """Write a model folder. Tensors keep their dtype.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    except SafetensorError as error:  # the library's own type for an I/O error
+        raise OSError(str(error)) from None
+    (folder / CONFIG).write_text(json.dumps(to_dict(card), indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(
+    source: str | Path, *, ema: bool = True, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[PixArt, ModelCard]:
+    """Load a model folder, or a run's newest good checkpoint, in eval mode with the config it was saved with.
+
+    Args:
+        ema: of a run, the averaged weights rather than the raw ones.
+
+    Raises:
+        InputError: no model there, or weights and config do not belong together.
+    """
+    folder = find_model(Path(source), ema=ema)
+    card = read_card(folder)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
+    with torch.device("meta"):
+        model = PixArt(card.model)
+    check_state(model, state, str(folder / WEIGHTS))
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False), card
+
+
+def read_card(folder: Path) -> ModelCard:
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    try:
+        return build(ModelCard, settings)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def check_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Compare names and shapes with the model's; one error that lists what differs."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    parts = []
+    if missing := sorted(set(expected) - set(found)):
+        parts.append(f"missing: {_some(missing)}")
+    if unknown := sorted(set(found) - set(expected)):
+        parts.append(f"unknown: {_some(unknown)}")
+    if wrong := [f"{n} {found[n]}, expected {expected[n]}" for n in expected if n in found and found[n] != expected[n]]:
+        parts.append(f"of another shape: {_some(wrong)}")
+    if parts:
+        raise InputError(f"{source} does not fit the model of its config; " + "; ".join(parts))
+
+
+def find_model(source: Path, *, ema: bool = True) -> Path:
+    """The model folder that `source` means: itself, a checkpoint's, or a run's newest good checkpoint's."""
+    kind = "ema" if ema else "model"
+    if (source / WEIGHTS).exists():
+        return source
+    if (source / kind / WEIGHTS).exists():
+        return source / kind
+    if (source / "checkpoints").is_dir():
+        checkpoint = newest_checkpoint(source, print)
+        if checkpoint is None:
+            raise InputError(f"run {source} has no good checkpoint yet")
+        return find_model(checkpoint, ema=ema)
+    if ema and (source / "model" / WEIGHTS).exists():
+        raise InputError(f"{source} has no averaged weights; ask for the raw ones (--raw, ema=False)")
+    raise InputError(f"no model at {source}: expected a folder with {WEIGHTS} and {CONFIG}, or a run with checkpoints")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step_*") if path.is_dir())
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files have the sizes and hashes of its manifest; damaged ones are named."""
+    for path in reversed(checkpoints(run)):
+        damage = verify(path)
+        if damage is None:
+            return path
+        warn(f"warning: checkpoint {path} is damaged ({damage}); trying the one before it")
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_folder` wrote, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, digest in manifest["blake2b"].items():
+            if _digest(folder / name) != digest:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return None
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Create `target` whole or not at all: filled under another name, hashed, synced, renamed.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind, `target` is as it was.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        digests = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
+        (partial / MANIFEST).write_text(json.dumps({"blake2b": digests}, indent=2) + "\n", encoding="utf-8")
+        for path in [*files, partial / MANIFEST, partial]:
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(partial, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

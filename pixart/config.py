@@ -1,0 +1,198 @@
+"""Strict configuration: YAML → frozen dataclasses, and back. An unknown key or a wrong type names file, line and key.
+
+A file holds differences only. `base: other.yaml` at its top starts from another file; `preset: NAME` in a section
+starts from that class's `from_preset(NAME)`; `key=value` arguments come last.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from pixart.errors import InputError
+
+T = TypeVar("T")
+
+
+class _Settings(dict):
+    """A YAML mapping that remembers where each key stands ("file:line")."""
+
+    def __init__(self, items: dict, places: dict[str, str]):
+        super().__init__(items)
+        self.places = places
+
+
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Build `cls` from a YAML file and `key.sub=value` overrides.
+
+    Raises:
+        InputError: unreadable file, unknown key, wrong type, or a value the class refuses.
+    """
+    settings = _read(Path(path))
+    for override in overrides:
+        _override(settings, override)
+    return build(cls, settings)
+
+
+def override(config: T, overrides: Sequence[str]) -> T:
+    """A dataclass with `key=value` changes, checked as in a file."""
+    settings = _Settings({}, {})
+    for text in overrides:
+        _override(settings, text)
+    return build(type(config), settings, start=config)
+
+
+def build(cls: type[T], settings: dict, where: str = "", start: T | None = None) -> T:
+    """Build the dataclass `cls` from a mapping, strictly; `where` is the dotted path for errors.
+
+    Keys that the mapping lacks come from `start`, else from a preset, else from the class's defaults.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    places = getattr(settings, "places", {})
+    if "preset" in settings and hasattr(cls, "from_preset"):
+        start = cls.from_preset(settings["preset"])
+    values: dict[str, Any] = {} if start is None else {name: getattr(start, name) for name in fields}
+    for key, value in settings.items():
+        if key == "preset" and hasattr(cls, "from_preset"):
+            continue
+        name = f"{where}{key}"
+        place = f"{places[key]}: " if key in places else ""
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"{place}unknown key '{name}'{hint} (there are {', '.join(sorted(fields))})")
+        values[key] = _convert(value, hints[key], name, place)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(where + name for name in missing)}")
+    try:
+        return cls(**values)
+    except InputError as error:
+        lines = sorted(set(places.values()))
+        raise InputError(f"{lines[0]}: {error}" if lines else str(error)) from None
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def dump_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> _Settings:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: cannot be read ({error})") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path}: not valid YAML: {error}") from None
+    settings = _Settings({}, {}) if node is None else _from_node(node, path)
+    if not isinstance(settings, _Settings):
+        raise InputError(f"config {path}: expected keys and values, got a {type(settings).__name__}")
+    if base := settings.pop("base", None):
+        return _merge(_read(path.parent / base), settings)
+    return settings
+
+
+def _from_node(node: yaml.Node, path: Path) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        items, places = {}, {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            place = f"{path}:{key_node.start_mark.line + 1}"
+            if key in items:
+                raise InputError(f"{place}: key '{key}' stands twice")
+            items[key], places[key] = _from_node(value_node, path), place
+        return _Settings(items, places)
+    if isinstance(node, yaml.SequenceNode):
+        return [_from_node(item, path) for item in node.value]
+    return yaml.SafeLoader("").construct_object(node)
+
+
+def _merge(base: _Settings, changes: _Settings) -> _Settings:
+    for key, value in changes.items():
+        if isinstance(value, _Settings) and isinstance(base.get(key), _Settings):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+        base.places[key] = changes.places[key]
+    return base
+
+
+def _override(settings: _Settings, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise InputError(f"override '{override}': expected key=value, as in train.steps=100")
+    try:
+        value = _from_node(yaml.compose(text, Loader=yaml.SafeLoader), Path("command line")) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise InputError(f"override '{override}': the value is not valid YAML: {error}") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(settings.get(section), _Settings):
+            settings[section] = _Settings({}, {})
+            settings.places[section] = f"override {override}"
+        settings = settings[section]
+    settings[last] = value
+    settings.places[last] = f"override {override}"
+
+
+def _convert(value: Any, hint: Any, name: str, place: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        rest = [argument for argument in arguments if argument is not type(None)]
+        assert len(rest) == 1, f"{name}: only optional types are supported"
+        return _convert(value, rest[0], name, place)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{place}{name}: got {value!r}, expected a section with keys")
+        return build(hint, value, name + ".")
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{place}{name}: got {value!r}, expected one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{place}{name}: got {value!r}, expected a list")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise InputError(f"{place}{name}: got {len(value)} values, expected {len(arguments)}")
+        item_hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(
+            _convert(v, h, f"{name}[{i}]", place) for i, (v, h) in enumerate(zip(value, item_hints, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{place}{name}: got {value!r}, expected keys and values")
+        return {key: _convert(v, arguments[1], f"{name}.{key}", place) for key, v in value.items()}
+    return _convert_scalar(value, hint, name, place)
+
+
+def _convert_scalar(value: Any, hint: type, name: str, place: str) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise InputError(f"{place}{name}: got {value!r}, expected {'a number' if hint is float else hint.__name__}")

@@ -1,0 +1,181 @@
+"""How pictures turn into noise: x_t = α(t)·x0 + σ(t)·ε, for the two families of processes.
+
+A time t is what the network is told: 0 (clean) … 999 (noise) for a discrete schedule, 0 … 1000 for flow, fractional
+allowed. Coefficients come in two forms: Python floats for samplers, which step a whole batch through one time, and
+fp32 tensors (B, 1, 1, 1) on the device for training, where every picture has its own.
+"""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixart.errors import InputError
+
+TRAIN_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Process, prediction and loss; stored with every model, so that it is sampled as it was trained."""
+
+    schedule: Literal["linear", "cosine", "flow"] = "linear"
+    prediction: Literal["epsilon", "v", "x0", "velocity"] = "epsilon"
+    times: Literal["uniform", "logit_normal"] = "uniform"  # how training draws times
+    logit_mean: float = 0.0  # of the logit-normal; larger means noisier
+    logit_std: float = 1.0
+    weighting: Literal["uniform", "min_snr", "snr_switch", "velocity"] = "uniform"
+    min_snr_gamma: float = 5.0
+
+    def __post_init__(self):
+        if (self.prediction == "velocity") != (self.schedule == "flow") and self.prediction != "x0":
+            raise InputError(
+                f"diffusion: prediction '{self.prediction}' does not belong to schedule '{self.schedule}'; "
+                "flow takes velocity or x0, linear and cosine take epsilon, v or x0"
+            )
+        if self.times == "logit_normal" and self.schedule != "flow":
+            raise InputError("diffusion: times 'logit_normal' need schedule 'flow'")
+        if self.weighting == "snr_switch" and self.prediction != "epsilon":
+            raise InputError("diffusion: weighting 'snr_switch' is defined for prediction 'epsilon'")
+        if self.logit_std <= 0 or self.min_snr_gamma <= 0:
+            raise InputError("diffusion: logit_std and min_snr_gamma must be positive")
+
+
+class Schedule(ABC):
+    """α(t) and σ(t) of a process."""
+
+    last: float  # the noisiest time
+
+    @abstractmethod
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
+        """α and σ at one time."""
+
+    @abstractmethod
+    def alpha_sigma_of(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α and σ of a batch of times (B,) → fp32 (B, 1, 1, 1) each, on the device of `t`."""
+
+    @abstractmethod
+    def draw_times(self, uniform: Tensor, config: DiffusionConfig) -> Tensor:
+        """Uniform numbers in [0, 1) → training times. A function, so that paired runs see the same times."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of pictures (B, C, H, W) at times (B,)."""
+        alpha, sigma = self.alpha_sigma_of(t)
+        return alpha * x0 + sigma * noise
+
+
+class DiscreteSchedule(Schedule):
+    """A variance-preserving chain of β (DDPM, arXiv 2006.11239). Tables are float64, as in the authors' code.
+
+    `timesteps[i]` is the time the network is told at step i of a chain that was respaced.
+    """
+
+    def __init__(self, betas: np.ndarray, timesteps: np.ndarray | None = None):
+        timesteps = np.arange(len(betas)) if timesteps is None else timesteps
+        self.timesteps: list[int] = timesteps.tolist()
+        self.last = float(timesteps[-1])
+        cumprod = np.cumprod(1.0 - betas)  # ᾱ
+        previous = np.append(1.0, cumprod[:-1])
+        variance = betas * (1.0 - previous) / (1.0 - cumprod)  # of the posterior q(x_{t-1} | x_t, x0), equation 7
+        tables = {
+            "betas": betas,
+            "alphas_cumprod": cumprod,
+            "alphas_cumprod_prev": previous,
+            "alpha": np.sqrt(cumprod),
+            "sigma": np.sqrt(1.0 - cumprod),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / cumprod),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / cumprod - 1),
+            "posterior_variance": variance,
+            # 0 at the first step: clipped there to the second's
+            "posterior_log_variance_clipped": np.log(np.append(variance[1], variance[1:])),
+            "log_betas": np.log(betas),
+            "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - cumprod),
+            "posterior_mean_coef2": (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - cumprod),
+        }
+        self.tables: dict[str, Tensor] = {name: torch.from_numpy(table) for name, table in tables.items()}
+        self._log_alpha = (0.5 * np.log(cumprod)).tolist()
+        self._by_device: dict[torch.device, dict[str, Tensor]] = {}
+
+    @classmethod
+    def linear(cls) -> "DiscreteSchedule":
+        """β from 1e-4 to 0.02 in 1,000 steps: what every released PixArt was trained with."""
+        return cls(np.linspace(1e-4, 0.02, TRAIN_STEPS))
+
+    @classmethod
+    def cosine(cls) -> "DiscreteSchedule":
+        """arXiv 2102.09672, equation 17, with β at most 0.999."""
+        bar = [math.cos((i / TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(TRAIN_STEPS + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)]
+        return cls(np.array(betas))
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def respace(self, steps: int) -> "DiscreteSchedule":
+        """The chain of `steps` evenly spread times with the same ᾱ at them (arXiv 2102.09672, section 4)."""
+        if not 2 <= steps <= len(self):
+            raise InputError(f"steps: got {steps}, expected 2 to {len(self)}")
+        stride = (len(self) - 1) / (steps - 1)
+        kept = np.array([round(i * stride) for i in range(steps)])
+        cumprod = self.tables["alphas_cumprod"].numpy()[kept]
+        betas = 1 - cumprod / np.append(1.0, cumprod[:-1])
+        return DiscreteSchedule(betas, np.array(self.timesteps)[kept])
+
+    def table(self, name: str, index: Tensor) -> Tensor:
+        """Entries of a table at steps (B,) → fp32 (B, 1, 1, 1)."""
+        if index.device not in self._by_device:
+            self._by_device[index.device] = {k: v.float().to(index.device) for k, v in self.tables.items()}
+        return self._by_device[index.device][name][index][:, None, None, None]
+
+    def row(self, i: int) -> dict[str, float]:
+        """All tables' entries of one step, rounded to fp32 as `table` gives them."""
+        return {name: table[i].float().item() for name, table in self.tables.items()}
+
+    def x0_from_epsilon(self, x_t: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """The clean picture; by tables of its own, since 1/α of a rounded α errs where α is small."""
+        coefficients = self.table("sqrt_recip_alphas_cumprod", t), self.table("sqrt_recipm1_alphas_cumprod", t)
+        return coefficients[0] * x_t - coefficients[1] * epsilon
+
+    def alpha_sigma_of(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.table("alpha", t), self.table("sigma", t)
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
+        """log α is linear between whole times and goes on so beyond (DPM-Solver, arXiv 2206.00927, appendix D.4)."""
+        i = min(max(bisect_right(range(len(self)), t) - 1, 0), len(self) - 2)
+        log_alpha = self._log_alpha[i] + (t - i) * (self._log_alpha[i + 1] - self._log_alpha[i])
+        return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
+
+    def draw_times(self, uniform: Tensor, config: DiffusionConfig) -> Tensor:
+        return (uniform * len(self)).long()
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow: a straight line from picture to noise, τ = t / 1000 (arXiv 2209.03003)."""
+
+    last = float(TRAIN_STEPS)
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
+        return 1 - t / TRAIN_STEPS, t / TRAIN_STEPS
+
+    def alpha_sigma_of(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        tau = (t.float() / TRAIN_STEPS)[:, None, None, None]
+        return 1 - tau, tau
+
+    def draw_times(self, uniform: Tensor, config: DiffusionConfig) -> Tensor:
+        """Uniform, or logit-normal (arXiv 2403.03206, equation 19) by its inverse distribution function."""
+        if config.times == "logit_normal":
+            normal = torch.special.ndtri(uniform.double().clamp(1e-9, 1 - 1e-9))
+            uniform = torch.sigmoid(config.logit_mean + config.logit_std * normal)
+        return TRAIN_STEPS * uniform.float()
+
+
+def make_schedule(config: DiffusionConfig) -> Schedule:
+    return {"linear": DiscreteSchedule.linear, "cosine": DiscreteSchedule.cosine, "flow": FlowSchedule}[
+        config.schedule
+    ]()

@@ -1,0 +1,25 @@
+"""What a finished run says: its score, where its pictures are, and the command that samples more."""
+
+import os
+
+from pixart.data.openmoji import ATTRIBUTION
+from pixart.evaluate.retrieval import retrieval
+from pixart.pipeline import Pipeline
+from pixart.train.config import TrainConfig
+from pixart.train.loop import RunResult
+
+
+def finish(config: TrainConfig, result: RunResult) -> str:
+    """Evaluate a finished run as `config.evaluate` says (in one process) → a few lines to print."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return ""
+    lines = [f"trained {result.step} steps; model and averaged weights in {result.run}/checkpoints"]
+    prompt = config.prompts[0] if config.prompts else result.data.train[0].captions[0]
+    if config.evaluate.retrieval:
+        pipeline = Pipeline.from_pretrained(result.run)
+        credit = ATTRIBUTION if config.data.prepare == "openmoji" else ""
+        score = retrieval(pipeline, result.data.train, result.run, config.sample, seed=config.seed, credit=credit)
+        lines += [f"picture: {score.sheet} (training image above, sample below; ✗ marks a miss)", str(score)]
+        lines += [credit] * bool(credit)
+    lines.append(f'sample more: python scripts/sample.py --model {result.run} "{prompt}"')
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Pictures of pictures: labelled contact sheets."""
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+LABEL_LINES, LINE = 2, 12
+
+
+def contact_sheet(
+    cells: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    *,
+    columns: int | None = None,
+    side: int | None = None,
+) -> Image.Image:
+    """One cell per label: its pictures one above the other, the label below.
+
+    Args:
+        columns: about as wide as high by default.
+        side: width of a cell in pixels; the pictures' own, but at least 96, by default. Pictures are enlarged without
+            smoothing, so that what a small model draws is what is seen.
+    """
+    side = side or max(96, max(image.width for cell in cells for image in cell))
+    stack = max(len(cell) for cell in cells)
+    heights = [
+        max(round(cell[i].height * side / cell[i].width) for cell in cells if i < len(cell)) for i in range(stack)
+    ]
+    height = sum(heights) + LABEL_LINES * LINE + 6
+    columns = columns or max(1, min(len(cells), round((len(cells) * height / side) ** 0.5)))
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (height + 4) + 4), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    for i, (cell, label) in enumerate(zip(cells, labels, strict=True)):
+        left, top = 4 + i % columns * (side + 4), 4 + i // columns * (height + 4)
+        for image, room in zip(cell, heights, strict=False):
+            size = (side, round(image.height * side / image.width))
+            enlarge = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            sheet.paste(image.resize(size, enlarge), (left, top))
+            top += room
+        lines = textwrap.wrap(label, width=max(side // 6, 4), max_lines=LABEL_LINES, placeholder="…")
+        for line in lines:
+            draw.text((left + 1, top + 1), line, fill="black", font=font)
+            top += LINE
+    return sheet

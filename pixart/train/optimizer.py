@@ -1,0 +1,54 @@
+"""Optimizers by name and learning rates in closed form."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+
+from pixart.errors import InputError
+from pixart.train.config import OptimizerConfig
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW for "adamw", else the optimizer of timm that has this name.
+
+    Raises:
+        InputError: there is no such optimizer, or it does not take an option.
+    """
+    parameters = list(parameters)
+    options: dict = dict(config.options)
+    for name in ("betas", "eps"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    try:
+        if config.name == "adamw":
+            options.setdefault("fused", True)
+            return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **options)
+        import timm.optim
+
+        known = timm.optim.list_optimizers()
+        if config.name not in known:
+            near = difflib.get_close_matches(config.name, known, n=3)
+            raise InputError(f"optimizer.name: there is no '{config.name}'; near it are {', '.join(near) or 'none'}")
+        return timm.optim.create_optimizer_v2(
+            parameters, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **options
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"optimizer '{config.name}' refuses its options {options}: {error}") from None
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`: a linear warm-up, then the schedule."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(steps - config.warmup, 1)
+    if config.schedule == "constant":
+        factor = 1.0
+    elif config.schedule == "linear":
+        factor = 1 - (1 - config.final_lr) * done
+    else:
+        factor = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    return config.lr * factor
