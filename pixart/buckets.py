@@ -40,7 +40,7 @@ def bucket_table(resolution: int, multiple: int, *, square: bool = False) -> lis
 
     Raises:
         InputError: the square does not fit `multiple`. Other sizes are rounded to it, which the official resolutions
-            never need.
+            never need; of those that become one, the ratio nearest to the rounded size's own stays.
     """
     if resolution <= 0 or resolution % multiple:
         raise InputError(f"resolution {resolution} is not a multiple of {multiple}, the pixels of one token")
@@ -53,7 +53,8 @@ def bucket_table(resolution: int, multiple: int, *, square: bool = False) -> lis
     table: dict[tuple[int, int], Bucket] = {}
     for ratio, (height, width) in SIZES_1024.items():
         size = scale(height), scale(width)
-        table.setdefault(size, Bucket(ratio, *size))
+        if size not in table or abs(ratio - size[0] / size[1]) < abs(table[size].ratio - size[0] / size[1]):
+            table[size] = Bucket(ratio, *size)
     return list(table.values())
 
 

@@ -4,8 +4,10 @@ The rules are DeepFloyd IF's, which α took over and applies twice; Σ does not 
 so: the released weights were trained on what they leave.
 """
 
+import contextlib
 import html
 import re
+import warnings
 from urllib.parse import unquote_plus
 
 from pixart.errors import missing_extra
@@ -81,11 +83,15 @@ def clean_caption(caption: str) -> str:
 def _clean_once(caption: str) -> str:
     try:
         import ftfy
-        from bs4 import BeautifulSoup
+        from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, ParserRejectedMarkup
     except ImportError:
         raise missing_extra("ftfy' and 'beautifulsoup4", "text", "cleaning captions") from None
     caption = _apply(_LINKS, unquote_plus(caption).strip().lower())
-    caption = _apply(_MARKS, BeautifulSoup(caption, features="html.parser").text)
+    # "<![x" is rejected: no marks to remove then, all of it is text
+    with warnings.catch_warnings(), contextlib.suppress(ParserRejectedMarkup):
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)  # a caption may look like a file name
+        caption = BeautifulSoup(caption, features="html.parser").text
+    caption = _apply(_MARKS, caption)
     if len(_JOINERS.findall(caption)) > 3:  # this-is-my-cute-cat
         caption = _JOINERS.sub(" ", caption)
     caption = html.unescape(html.unescape(ftfy.fix_text(caption)))

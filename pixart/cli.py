@@ -26,7 +26,7 @@ def run(main: Callable[[], int | None]) -> None:
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; empty lines and lines that start with # are left out."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompt file {path}: cannot be read ({error})") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -6,6 +6,8 @@ starts from that class's `from_preset(NAME)`; `key=value` arguments come last.
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     settings = _read(Path(path))
     for override in overrides:
         _override(settings, override)
-    return build(cls, settings)
+    return build(cls, settings, place=f"{path}: ")
 
 
 def override(config: T, overrides: Sequence[str]) -> T:
@@ -47,39 +49,49 @@ def override(config: T, overrides: Sequence[str]) -> T:
     return build(type(config), settings, start=config)
 
 
-def build(cls: type[T], settings: dict, where: str = "", start: T | None = None) -> T:
-    """Build the dataclass `cls` from a mapping, strictly; `where` is the dotted path for errors.
+def build(cls: type[T], settings: dict, where: str = "", start: T | None = None, place: str = "") -> T:
+    """Build the dataclass `cls` from a mapping, strictly.
 
-    Keys that the mapping lacks come from `start`, else from a preset, else from the class's defaults.
+    Keys that the mapping lacks come from its preset, else from `start`, else from the class's defaults. For errors,
+    `where` is the dotted path to the mapping and `place` the "file:line: " where it stands.
     """
+    if not isinstance(settings, dict):
+        raise InputError(f"{place}expected keys and values, got a {type(settings).__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     places = getattr(settings, "places", {})
     if "preset" in settings and hasattr(cls, "from_preset"):
-        start = cls.from_preset(settings["preset"])
+        at = f"{places['preset']}: " if "preset" in places else place
+        name = _convert(settings["preset"], str, f"{where}preset", at)
+        try:
+            start = cls.from_preset(name)
+        except InputError as error:
+            raise InputError(f"{at}{error}") from None
     values: dict[str, Any] = {} if start is None else {name: getattr(start, name) for name in fields}
     for key, value in settings.items():
         if key == "preset" and hasattr(cls, "from_preset"):
             continue
         name = f"{where}{key}"
-        place = f"{places[key]}: " if key in places else ""
+        at = f"{places[key]}: " if key in places else place
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise InputError(f"{place}unknown key '{name}'{hint} (there are {', '.join(sorted(fields))})")
-        values[key] = _convert(value, hints[key], name, place)
+            raise InputError(f"{at}unknown key '{name}'{hint} (there are {', '.join(sorted(fields))})")
+        values[key] = _convert(value, hints[key], name, at, start=values.get(key))
     missing = [
         name
         for name, field in fields.items()
         if name not in values and field.default is field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise InputError(f"missing key{'s' * (len(missing) > 1)}: {', '.join(where + name for name in missing)}")
+        names = ", ".join(where + name for name in missing)
+        raise InputError(f"{place}missing key{'s' * (len(missing) > 1)}: {names}")
     try:
         return cls(**values)
     except InputError as error:
-        lines = sorted(set(places.values()))
-        raise InputError(f"{lines[0]}: {error}" if lines else str(error)) from None
+        found = {key: re.search(rf"\b{re.escape(key)}\b", str(error)) for key in places}
+        named = sorted((match.start(), key) for key, match in found.items() if match)  # the key to blame comes first
+        raise InputError(f"{places[named[0][1]]}: {error}" if named else f"{place}{error}") from None
 
 
 def to_dict(config: Any) -> Any:
@@ -95,24 +107,41 @@ def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path) -> _Settings:
+def _read(path: Path, inside: tuple[Path, ...] = ()) -> _Settings:
+    """A file's settings on top of its base's; `inside` are the files that led here."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: cannot be read ({error})") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"config {path}: not valid YAML: {error}") from None
-    settings = _Settings({}, {}) if node is None else _from_node(node, path)
+        by = f", the base of {inside[-1]}" if inside else ""
+        raise InputError(f"config {path}{by}: cannot be read ({error})") from None
+    settings = _parse(text, path, f"config {path}: ")
+    if settings is None:
+        settings = _Settings({}, {})
     if not isinstance(settings, _Settings):
         raise InputError(f"config {path}: expected keys and values, got a {type(settings).__name__}")
-    if base := settings.pop("base", None):
-        return _merge(_read(path.parent / base), settings)
-    return settings
+    base, place = settings.pop("base", None), settings.places.pop("base", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise InputError(f"{place}: base: got {base!r}, expected the name of a file")
+    above = path.parent / base
+    if above.resolve() in [file.resolve() for file in (*inside, path)]:
+        raise InputError(f"{place}: base: {base} starts from this file; bases must not go round")
+    return _merge(_read(above, (*inside, path)), settings)
 
 
-def _from_node(node: yaml.Node, path: Path) -> Any:
+def _parse(text: str, path: str | Path, what: str) -> Any:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return None if node is None else _from_node(node, path)
+    except yaml.YAMLError as error:
+        raise InputError(f"{what}not valid YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{what}nested too deeply; does an alias stand inside its own anchor?") from None
+
+
+def _from_node(node: yaml.Node, path: str | Path) -> Any:
+    place = f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         items, places = {}, {}
         for key_node, value_node in node.value:
@@ -124,7 +153,10 @@ def _from_node(node: yaml.Node, path: Path) -> Any:
         return _Settings(items, places)
     if isinstance(node, yaml.SequenceNode):
         return [_from_node(item, path) for item in node.value]
-    return yaml.SafeLoader("").construct_object(node)
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except ValueError as error:  # 2024-13-45 looks like a date
+        raise InputError(f"{place}: {node.value!r} cannot be read as {node.tag.split(':')[-1]} ({error})") from None
 
 
 def _merge(base: _Settings, changes: _Settings) -> _Settings:
@@ -141,10 +173,7 @@ def _override(settings: _Settings, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise InputError(f"override '{override}': expected key=value, as in train.steps=100")
-    try:
-        value = _from_node(yaml.compose(text, Loader=yaml.SafeLoader), Path("command line")) if text.strip() else None
-    except yaml.YAMLError as error:
-        raise InputError(f"override '{override}': the value is not valid YAML: {error}") from None
+    value = _parse(text, "command line", f"override '{override}': the value is ")
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(settings.get(section), _Settings):
@@ -155,21 +184,25 @@ def _override(settings: _Settings, override: str) -> None:
     settings.places[last] = f"override {override}"
 
 
-def _convert(value: Any, hint: Any, name: str, place: str) -> Any:
+def _convert(value: Any, hint: Any, name: str, place: str, start: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         rest = [argument for argument in arguments if argument is not type(None)]
         assert len(rest) == 1, f"{name}: only optional types are supported"
-        return _convert(value, rest[0], name, place)
+        return _convert(value, rest[0], name, place, start)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{place}{name}: got {value!r}, expected a section with keys")
-        return build(hint, value, name + ".")
+        return build(hint, value, name + ".", start, place)
     if origin is Literal:
-        if value not in arguments:
-            raise InputError(f"{place}{name}: got {value!r}, expected one of {', '.join(map(str, arguments))}")
+        if not any(value == argument and type(value) is type(argument) for argument in arguments):  # True == 1 == 1.0
+            quote = "; YAML reads yes, no, on and off as truth values: put quotes around them"
+            raise InputError(
+                f"{place}{name}: got {value!r}, expected one of {', '.join(map(str, arguments))}"
+                f"{quote if isinstance(value, bool) else ''}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -183,16 +216,23 @@ def _convert(value: Any, hint: Any, name: str, place: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise InputError(f"{place}{name}: got {value!r}, expected keys and values")
-        return {key: _convert(v, arguments[1], f"{name}.{key}", place) for key, v in value.items()}
+        places = getattr(value, "places", {})
+        items = {
+            key: _convert(v, arguments[1], f"{name}.{key}", f"{places[key]}: " if key in places else place)
+            for key, v in value.items()
+        }
+        return {**(start or {}), **items}
     return _convert_scalar(value, hint, name, place)
 
 
 def _convert_scalar(value: Any, hint: type, name: str, place: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            pass
+            number = float(value)  # YAML reads 1e-4 as a string
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):
+            return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise InputError(f"{place}{name}: got {value!r}, expected {'a number' if hint is float else hint.__name__}")

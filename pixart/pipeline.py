@@ -95,7 +95,7 @@ def _pad(captions: Sequence[Tensor], device, dtype) -> tuple[Tensor, Tensor]:
 def _micro_conditions(card: ModelCard, height: int, width: int, device) -> dict[str, Tensor]:
     if not card.model.micro_conditions:
         return {}
-    pixels = load_autoencoder(card.vae).downsample
+    pixels = card.vae.downsample
     size = torch.tensor([height * pixels, width * pixels], dtype=torch.float32, device=device)
     return {"size": size, "aspect_ratio": size[0] / size[1]}
 
@@ -119,7 +119,7 @@ class Pipeline:
         """Load a model folder, or a run's newest good checkpoint, with the encoder and autoencoder its card names."""
         model, card = load_model(source, ema=ema, dtype=dtype, device=device)
         text = TextEncoder.load(card.text, dtype=dtype, device=device)
-        return cls(model, card, load_autoencoder(card.vae), text)
+        return cls(model, card, load_autoencoder(card.vae, dtype=dtype, device=device), text)
 
     def __call__(
         self,

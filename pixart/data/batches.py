@@ -44,8 +44,8 @@ class BucketBatches(Sampler[list[Key]]):
         Args:
             buckets: the bucket's number of every sample.
             leftovers: what happens to a bucket's last samples that do not fill a global batch: "drop" leaves them out
-                of this epoch (other ones the next, since the order differs), "fill" completes the batch from the next
-                epoch's order.
+                of this epoch (other ones the next, since the order differs; but all of a bucket that has fewer than a
+                batch, always), "fill" completes the batch from the next epochs' orders.
         """
         parts = ranks * accumulation
         if global_batch < 1 or global_batch % parts:
@@ -76,10 +76,10 @@ class BucketBatches(Sampler[list[Key]]):
         """All global batches of an epoch, in order."""
         batches: list[list[Key]] = []
         for number, samples in self.members.items():
-            order = self._order(number, samples, epoch)
+            order, later = self._order(number, samples, epoch), epoch
             while len(order) % self.global_batch and self.leftovers == "fill":
-                missing = self.global_batch - len(order) % self.global_batch
-                order += self._order(number, samples, epoch + 1)[:missing]
+                missing, later = self.global_batch - len(order) % self.global_batch, later + 1
+                order += self._order(number, samples, later)[:missing]
             for i in range(self._batches_of(len(samples))):
                 batches.append(order[i * self.global_batch : (i + 1) * self.global_batch])
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "batches"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pixart.data.batches import Key, derive_seed
-from pixart.data.images import Record, load_image
+from pixart.data.images import UNREADABLE, Record, load_image
 from pixart.errors import InputError
 
 
@@ -99,7 +99,7 @@ class ImageDataset(Dataset):
         image, problem = self._read(index, (top, left) if self.random_crop else (0.5, 0.5))
         if self.flip and flip < 0.5:
             image = image[:, ::-1]
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 127.5 - 1
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1
         return {
             "pixels": pixels,
             "noise": noise,
@@ -120,7 +120,7 @@ class ImageDataset(Dataset):
         record = self.records[index]
         try:
             image = load_image(record.path, record.bucket, crop=crop)
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             return np.zeros((record.bucket.height, record.bucket.width, 3), np.uint8), f"unreadable: {error}"
         if self._cache is not None:
             self._cache[index] = image

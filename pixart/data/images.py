@@ -7,11 +7,12 @@ Two layouts, as the Hugging Face imagefolder convention and most trainers have t
 import csv
 import io
 import json
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,6 +22,7 @@ from pixart.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for bad files
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,24 @@ def scan_images(folder: str | Path, table: list[Bucket], *, max_crop: float = 0.
     An image that would lose more than `max_crop` of its area to its bucket's crop is left out.
 
     Raises:
-        InputError: no folder, no image, or no usable one; or more than 1 % of the files are unreadable.
+        InputError: no folder, no image, or no usable one; more than 1 % of the files are unreadable; or the metadata is
+            not what it should be.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"data folder {folder}: there is none; expected a folder of images with captions")
     report = ScanReport()
     total = 0
-    for path, captions in _find_captions(folder):
+    for path, captions, lack in _find_captions(folder):
         total += 1
         name = path.relative_to(folder).as_posix()
         captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
         if not captions:
-            report.problems.append((name, "no caption (no .txt beside it, or an empty one)"))
+            report.problems.append((name, lack))
             continue
         try:
             height, width = _read_size(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             report.problems.append((name, f"unreadable: {error}"))
             report.unreadable += 1
             continue
@@ -98,7 +101,7 @@ def scan_images(folder: str | Path, table: list[Bucket], *, max_crop: float = 0.
         report.records.append(Record(name, path, captions, height, width, bucket))
     if not total:
         raise InputError(f"data folder {folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    check_unreadable(report.problems, report.unreadable, total)
+    check_unreadable([p for p in report.problems if p[1].startswith("unreadable: ")], report.unreadable, total)
     if not report.records:
         raise InputError(f"data folder {folder}: none of its {total} images can be used\n{report.describe()}")
     report.records.sort(key=lambda record: record.id)
@@ -121,7 +124,7 @@ def load_image(path: Path, bucket: Bucket, *, crop: tuple[float, float] = (0.5, 
     `crop` is where the crop lies in what is left over, 0 (top, left) … 1 (bottom, right).
 
     Raises:
-        OSError, ValueError, SyntaxError: unreadable or truncated (PIL raises all three).
+        UNREADABLE: one of these, for a file that is no image, or truncated.
     """
     with Image.open(path) as file:
         image = to_rgb(ImageOps.exif_transpose(file))
@@ -146,30 +149,56 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _read_size(path: Path) -> tuple[int, int]:
+    """Height and width as `load_image` will find them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as image:
+                if image.format == "TIFF":  # PIL turns these itself, at the latest when it loads them
+                    image.load()
+                # PNG's own getexif would decode the pixels, to look for EXIF behind them
+                exif = Image.Image.getexif(image)
+                if image.format == "PNG" and "exif" not in image.info and (data := _find_png_exif(path)):
+                    exif.load(data)
                 width, height = image.size
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation
         except Image.DecompressionBombWarning as warning:
             raise ValueError(str(warning)) from None
+    turned = exif.get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation
     return (width, height) if turned else (height, width)
 
 
-def _find_captions(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+def _find_png_exif(path: Path) -> bytes:
+    """The eXIf chunk of a PNG; empty if there is none. Steps over the others."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return b"Exif\0\0" + file.read(length)
+            file.seek(length + 4, 1)
+    return b""
+
+
+def _find_captions(folder: Path) -> Iterator[tuple[Path, list[str], str]]:
+    """Images, their captions, and what to say if there is none."""
     for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
         if (folder / name).exists():
-            yield from _from_metadata(folder, folder / name, read(folder / name))
+            for path, captions in _from_metadata(folder, folder / name, read(folder / name)):
+                yield path, captions, f"no caption in {name}"
             return
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             text = path.with_suffix(".txt")
-            yield path, [text.read_text(encoding="utf-8", errors="replace")] if text.exists() else []
+            try:
+                yield path, [text.read_text(encoding="utf-8-sig")], "no caption: the .txt beside it is empty"
+            except FileNotFoundError:
+                yield path, [], "no caption: there is no .txt beside it"
+            except (OSError, UnicodeDecodeError) as error:
+                yield path, [], f"no caption: {text.name} cannot be read ({error})"
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_metadata(path).split("\n"), 1):  # splitlines would also split at U+2028
         if not line.strip():
             continue
         try:
@@ -182,20 +211,45 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    yield from csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
+    rows = csv.DictReader(io.StringIO(_read_metadata(path), newline=""))
+    try:
+        for row in rows:
+            if None in row:
+                raise InputError(
+                    f"{path}:{rows.line_num}: more values than columns; a caption with a comma needs quotes around it"
+                )
+            yield row
+    except csv.Error as error:
+        raise InputError(f"{path}: not valid CSV after line {rows.line_num} ({error})") from None
+
+
+def _read_metadata(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def _from_metadata(folder: Path, metadata: Path, rows: Iterator[dict]) -> Iterator[tuple[Path, list[str]]]:
     column, seen = None, set()
     for number, row in enumerate(rows, 1):
+        place = f"{metadata}, row {number}"
         if "file_name" not in row:
-            raise InputError(f"{metadata}, row {number}: no 'file_name'; there are {', '.join(map(str, row))}")
+            raise InputError(f"{place}: no 'file_name'; there are {', '.join(map(str, row))}")
         if column is None:
             column = next((name for name in CAPTION_COLUMNS if name in row), None)
             if column is None:
                 raise InputError(f"{metadata}: no caption column; expected one of {', '.join(CAPTION_COLUMNS)}")
-        if row["file_name"] in seen:
-            raise InputError(f"{metadata}, row {number}: '{row['file_name']}' stands twice")
-        seen.add(row["file_name"])
+        if not isinstance(row["file_name"], str) or not row["file_name"]:
+            raise InputError(f"{place}: file_name is {row['file_name']!r}, expected a path within the folder")
+        name = PurePosixPath(row["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{place}: '{name}' leads out of the folder; expected a path within it")
+        if name in seen:
+            raise InputError(f"{place}: '{name}' stands twice")
+        seen.add(name)
         captions = row.get(column) or []
-        yield folder / row["file_name"], [captions] if isinstance(captions, str) else [str(c) for c in captions]
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise InputError(f"{place}: {column} is {row[column]!r}, expected a text or a list of texts")
+        yield folder / name, captions

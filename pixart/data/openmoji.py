@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pixart.errors import missing_extra
+from pixart.errors import InputError, missing_extra
 
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -22,10 +22,17 @@ def build_openmoji(folder: str | Path, *, side: int = 72) -> Path:
     """Render the set into `folder` as side × side PNGs on white with a `metadata.jsonl`, unless it is there.
 
     One file per emoji without a skin tone that has a Unicode name, called by its code points.
+
+    Raises:
+        InputError: a package of the extra `openmoji` is not installed, or `folder` holds something else.
     """
     folder = Path(folder)
     if (folder / "metadata.jsonl").exists():
         return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} holds other files and no metadata.jsonl; choose another folder for the OpenMoji set"
+        )
     resvg = _optional("resvg_py", "resvg-py")
     images = openmoji_captions()
     partial = folder.with_name(folder.name + ".partial")

@@ -1,17 +1,43 @@
 """Between pixels and what the network denoises. Every autoencoder speaks pixels [-1, 1] ↔ scaled latents."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from pixart.errors import InputError
+from pixart.model.vae import VaeAutoencoder, VaeConfig
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Which autoencoder a model's latents come from; stored with every model."""
+    """Which autoencoder a model's latents come from; stored with every model.
 
-    kind: Literal["identity"] = "identity"
+    Its numbers cost nothing to ask for; `load_autoencoder` reads the weights.
+    """
+
+    kind: Literal["identity", "kl"] = "identity"  # "kl" is the VAE of SD (PixArt-α) or SDXL (PixArt-Σ)
+    source: str = ""  # of the VAE: a folder, a weights file, or a Hub id (owner/name or owner/name/subfolder)
+    scale: float | None = None  # the VAE's scaling factor; another one in its files is refused
+
+    def __post_init__(self):
+        if self.kind == "identity" and (self.source or self.scale is not None):
+            raise InputError("vae.source and vae.scale belong to vae.kind kl; set it, or leave them out")
+        if self.kind == "kl" and not self.source:
+            raise InputError("vae.source: expected the VAE's folder, weights file or Hub id with vae.kind kl")
+        if self.scale is not None and not self.scale > 0:
+            raise InputError(f"vae.scale: got {self.scale}, expected a positive number")
+
+    @property
+    def latent_channels(self) -> int:
+        return _NUMBERS[self.kind].latent_channels
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of a latent's side."""
+        return _NUMBERS[self.kind].downsample
 
 
 class Autoencoder(Protocol):
@@ -26,6 +52,9 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents → pixels (B, 3, H, W), nominally in [-1, 1], not clipped."""
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        """Move it, in place."""
 
 
 class IdentityAutoencoder:
@@ -44,5 +73,29 @@ class IdentityAutoencoder:
         return self
 
 
-def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    return {"identity": IdentityAutoencoder}[config.kind]()
+# what has a kind's `latent_channels` and `downsample` without its weights
+_NUMBERS = {"identity": IdentityAutoencoder, "kl": VaeConfig()}
+
+
+def load_autoencoder(
+    config: AutoencoderConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Autoencoder:
+    """The autoencoder itself, its weights read; for its numbers alone ask the config.
+
+    Raises:
+        InputError: no VAE there, or not the one that the config means.
+    """
+    if config.kind == "identity":
+        return IdentityAutoencoder()
+    vae = VaeAutoencoder.from_pretrained(config.source, dtype=dtype, device=device)
+    if config.scale is not None and not math.isclose(vae.scale, config.scale, rel_tol=1e-6):
+        raise InputError(
+            f"vae.source {config.source} has scaling factor {vae.scale}, vae.scale is {config.scale}: "
+            "these latents come from another VAE"
+        )
+    if (vae.latent_channels, vae.downsample) != (config.latent_channels, config.downsample):
+        raise InputError(
+            f"vae.source {config.source} has {vae.latent_channels} channels at 1/{vae.downsample} of the size, "
+            f"expected {config.latent_channels} at 1/{config.downsample}"
+        )
+    return vae

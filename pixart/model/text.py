@@ -4,6 +4,7 @@ Letters in shape comments: B batch, L caption tokens, C width of the encoder's s
 """
 
 import gc
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pixart.captions import clean_caption
-from pixart.errors import InputError
+from pixart.errors import InputError, missing_extra
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,47 @@ class TextEncoder:
         In fp16 the layers that T5 overflows in ("wo") stay in fp32; bf16 needs no such care.
 
         Raises:
-            InputError: the model is not there, or the tokenizer needs a package that is not installed.
+            InputError: the model is not there or not whole, its tokenizer needs a package that is not installed, or
+                `config.length` is more than it can take.
         """
         import transformers
+        from safetensors import SafetensorError
 
-        source = find_text_model(config.model)
+        source, name = find_text_model(config.model), f"text encoder '{config.model}'"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-                model = transformers.AutoModelForTextEncoding.from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
+                shape = transformers.AutoConfig.from_pretrained(source).get_text_config()
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
+                # transformers makes a tokenizer of special tokens alone where the files of one are missing
+                if not shape.vocab_size / 2 <= len(tokenizer) <= shape.vocab_size:
+                    raise InputError(
+                        f"{name}: its tokenizer has {len(tokenizer)} pieces, the encoder {shape.vocab_size}; expected "
+                        "the encoder's own tokenizer.json or spiece.model beside it"
+                    )
+                longest = getattr(shape, "max_position_embeddings", None)  # T5 has none: its positions are relative
+                if longest is not None and config.length > longest:
+                    raise InputError(f"text.length: got {config.length}, but '{config.model}' takes at most {longest}")
+                model, report = transformers.AutoModelForTextEncoding.from_pretrained(
+                    source, dtype=dtype, output_loading_info=True
+                )
+        except InputError:
+            raise
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            if "tiktoken" in reason:  # what transformers says when it cannot read a spiece.model
+                for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+                    if not _is_installed(module):
+                        raise missing_extra(package, "text", f"the tokenizer of '{config.model}'") from None
+                reason = "its spiece.model is damaged"
             raise InputError(
-                f"text encoder '{config.model}' cannot be loaded: {reason} Expected a folder with an encoder and its "
-                "tokenizer, a Hub id that is cached or reachable, or pip:PACKAGE"
+                f"{name} cannot be loaded: {reason}. Expected a folder with an encoder and its tokenizer, a Hub id "
+                "that is cached or reachable, or pip:PACKAGE"
             ) from None
+        # transformers fills what a file lacks with random numbers; only the pooler's are not used here
+        if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise InputError(f"{name}: its weights lack {some}; the files are not whole")
         return cls(tokenizer, model.to(device), config)
 
     @property
@@ -122,7 +148,9 @@ def find_text_model(name: str) -> str:
     """Resolve `pip:PACKAGE` to the folder with a `config.json` inside an installed package; other names stay."""
     if not name.startswith("pip:"):
         return name
-    package = name.removeprefix("pip:")
+    package = name.removeprefix("pip:").replace("-", "_")
+    if not package.isidentifier():
+        raise InputError(f"text encoder '{name}': expected pip: and the name of a package")
     spec = importlib.util.find_spec(package)  # finds it without running it
     if spec is None or spec.origin is None:
         raise InputError(
@@ -133,3 +161,11 @@ def find_text_model(name: str) -> str:
     if not folders:
         raise InputError(f"text encoder '{name}': no folder with config.json and tokenizer.json in {root}")
     return str(folders[0])
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True

@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pixart.buckets import bucket_table
-from pixart.checkpoint.files import newest_checkpoint
-from pixart.config import dump_yaml, to_dict
+from pixart.checkpoint.files import checkpoints, newest_checkpoint
+from pixart.config import dump_yaml, load_config, to_dict
 from pixart.data.batches import BucketBatches
 from pixart.data.dataset import Captions, ImageDataset, collate, encode_captions
 from pixart.data.images import Record, scan_images
 from pixart.data.openmoji import build_openmoji
+from pixart.diffusion.schedule import Schedule, make_schedule
 from pixart.errors import InputError
 from pixart.model.autoencoder import Autoencoder, load_autoencoder
 from pixart.model.pixart import PixArt
@@ -26,8 +27,8 @@ from pixart.pipeline import encode_null
 from pixart.train.config import TrainConfig
 from pixart.train.ema import make_ema
 from pixart.train.optimizer import make_optimizer
-from pixart.train.state import TrainState
-from pixart.train.watch import check_trackers
+from pixart.train.state import TrainState, load_checkpoint
+from pixart.train.watch import check_trackers, start_trackers
 
 # changing these under a run that goes on is normal; anything else would make it another run
 FREE_TO_CHANGE = {
@@ -48,11 +49,51 @@ class Data:
     report: str
 
 
+@dataclass
+class Session:
+    """A run that is ready for its next step."""
+
+    run: Path
+    data: Data
+    state: TrainState
+    loader: DataLoader  # this process's micro-batches, from the next one on
+    schedule: Schedule
+    autoencoder: Autoencoder
+    resumed: bool
+
+
+def start(config: TrainConfig) -> Session:
+    """Open or resume the run. What can be wrong shows here: cheap checks first, nothing is overwritten.
+
+    Raises:
+        InputError: anything wrong with the configuration, the data or the run's folder.
+    """
+    check_shapes(config)
+    accelerator = make_accelerator(config)
+    run, checkpoint = open_run(config, accelerator)
+    data = load_data(config, accelerator)
+    accelerator.print(data.report)
+    state = build_state(config, accelerator, data.null)
+    if checkpoint is not None:
+        load_checkpoint(state, checkpoint)
+        accelerator.print(f"going on from {checkpoint}")
+    batches, loader = make_batches(config, accelerator, data, state.progress.step)
+    accelerator.print(
+        f"{batches.per_epoch} batches of {config.train.batch_size} an epoch, {batches.dropped} images left over; "
+        f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.1f} M parameters; "
+        f"{accelerator.num_processes} × {accelerator.device.type}; output {run}"
+    )
+    start_trackers(accelerator, config)
+    autoencoder = load_autoencoder(config.vae, device=accelerator.device)
+    return Session(run, data, state, loader, make_schedule(config.diffusion), autoencoder, checkpoint is not None)
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Raises InputError for a precision the device does not have, or a tracker that is not there."""
     check_trackers(config.train.trackers)
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
+    AcceleratorState._reset_state()  # a process may train more than once, and in another precision
     try:
         return Accelerator(
             mixed_precision=config.train.mixed_precision,
@@ -73,9 +114,10 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
     run = Path(config.output)
     stored = run / "config.yaml"
     if stored.exists():
-        if config.resume == "never":
+        if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
-        before, now = _flatten(yaml.safe_load(stored.read_text(encoding="utf-8"))), _flatten(to_dict(config))
+        # through the dataclass: a key that came after the run began has its default there
+        before, now = _flatten(to_dict(load_config(TrainConfig, stored))), _flatten(to_dict(config))
         changed = [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in sorted({*before, *now})
                    if before.get(key) != now.get(key) and not _is_free(key)]  # fmt: skip
         if changed and newest_checkpoint(run, lambda _: None):
@@ -96,11 +138,11 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
 
 def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
     """Scan the images, split off the held-out ones, encode every caption once and free the encoder."""
-    data, autoencoder = config.data, load_autoencoder(config.vae)
+    data = config.data
     if data.prepare == "openmoji":
         with accelerator.main_process_first():
             build_openmoji(data.folder)
-    multiple = config.model.patch_size * autoencoder.downsample
+    multiple = config.model.patch_size * config.vae.downsample
     table = bucket_table(data.resolution, multiple, square=not data.aspect_ratios)
     scan = scan_images(data.folder, table, max_crop=data.max_crop)
     records = scan.records[:: data.every]
@@ -133,14 +175,14 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
     return Data(train, held_out, captions, null, "\n".join(report))
 
 
-def check_shapes(config: TrainConfig, autoencoder: Autoencoder) -> None:
+def check_shapes(config: TrainConfig) -> None:
     """Refuse a model whose channels or native size are not those of the data, before anything is loaded."""
-    if config.model.in_channels != autoencoder.latent_channels:
+    if config.model.in_channels != config.vae.latent_channels:
         raise InputError(
             f"model.in_channels is {config.model.in_channels}, the autoencoder '{config.vae.kind}' has "
-            f"{autoencoder.latent_channels} channels; set it to {autoencoder.latent_channels}"
+            f"{config.vae.latent_channels} channels; set it to {config.vae.latent_channels}"
         )
-    side = config.data.resolution // autoencoder.downsample
+    side = config.data.resolution // config.vae.downsample
     if config.model.latent_size != side:
         raise InputError(
             f"model.latent_size is {config.model.latent_size}, but data.resolution {config.data.resolution} gives "
@@ -190,13 +232,12 @@ def make_batches(
 
 
 def make_dataset(config: TrainConfig, data: Data, records: list[Record]) -> ImageDataset:
-    autoencoder = load_autoencoder(config.vae)
     return ImageDataset(
         records,
         data.captions,
         seed=config.seed,
-        latent_channels=autoencoder.latent_channels,
-        downsample=autoencoder.downsample,
+        latent_channels=config.vae.latent_channels,
+        downsample=config.vae.downsample,
         flip=config.data.flip,
         random_crop=config.data.random_crop,
         cache=config.data.cache,

@@ -76,7 +76,10 @@ class Watch:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_) -> None:
         self.bar.close()
         self.accelerator.end_training()
 

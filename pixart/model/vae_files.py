@@ -1,0 +1,84 @@
+"""Where a VAE's files are, and what is in them: diffusers' layout in a folder, a file or a Hub repository."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pixart.errors import InputError
+
+CONFIG, WEIGHTS = "config.json", ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+def find_weights(source: str, subfolder: str | None) -> Path:
+    """The weights file that a folder, a file or a Hub id means."""
+    path, inside = Path(source), subfolder or ""
+    if path.is_file():
+        if inside or path.suffix not in (".safetensors", ".bin"):
+            raise InputError(f"VAE {path}: expected a .safetensors or .bin file and no subfolder, or a folder")
+        return path
+    if not path.is_dir():
+        match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", source)
+        if not match:
+            raise InputError(f"VAE '{source}': no such folder or file, and not a Hub id (owner/name)")
+        inside = "/".join(filter(None, [match[2], subfolder]))
+    for file in WEIGHTS:
+        folder = (path if path.is_dir() else _fetch(match[1], inside, file)) / inside
+        if (folder / file).is_file():
+            return folder / file
+    hint = "; there is a VAE in its subfolder 'vae'" if (folder / "vae" / CONFIG).is_file() else ""
+    raise InputError(f"VAE '{source}': expected {' or '.join(WEIGHTS)} in {folder}{hint}")
+
+
+def read_settings(path: Path) -> dict:
+    """A VAE's `config.json` as it stands there."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the VAE's config cannot be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected the settings of a VAE, got a {type(settings).__name__}")
+    return settings
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: the VAE's weights cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path}: expected a VAE's tensors by name, got something else")
+    return state
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Compare names and shapes with the network's; one error with the first of those that differ."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name}: got {found.get(name, 'nothing')}, expected {expected.get(name, 'no such tensor')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise InputError(f"{path} does not fit its {CONFIG}: {'; '.join(wrong[:4])}{more}")
+
+
+def _fetch(repository: str, inside: str, file: str) -> Path:
+    """Download what is not cached of a Hub repository's config and weights `file` → the cached folder."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{inside}/{name}" if inside else name for name in (CONFIG, file)]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"VAE '{repository}': no such folder, and not on the Hub or in its cache: {reason}") from None

@@ -1,0 +1,63 @@
+"""Looking at a run while it trains: the loss on held-out images, and sample grids."""
+
+from pathlib import Path
+
+import torch
+
+from pixart.data.dataset import collate
+from pixart.grid import contact_sheet
+from pixart.pipeline import sample_latents, to_images
+from pixart.train.config import TrainConfig
+from pixart.train.setup import Session, make_dataset
+from pixart.train.step import batch_losses
+
+
+@torch.no_grad()
+def validate(session: Session, config: TrainConfig) -> dict[str, float]:
+    """Loss of the averaged weights on the held-out images, in all and by quarter of the times, under fixed noise."""
+    state, held_out = session.state, session.data.held_out
+    dataset = make_dataset(config, session.data, held_out)
+    sums, counts = torch.zeros(4), torch.zeros(4)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, record in enumerate(held_out):
+        by_size.setdefault((record.bucket.height, record.bucket.width), []).append(i)
+    size = max(config.train.batch_size // (config.train.accumulation * state.accelerator.num_processes), 1)
+    for indices in by_size.values():
+        for start in range(0, len(indices), size):
+            # epoch -1: times and noise that no training step sees, the same at every validation
+            batch = collate([dataset[-1, i] for i in indices[start : start + size]]).to(state.accelerator.device)
+            with state.accelerator.autocast():
+                losses = batch_losses(
+                    state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
+                )
+            quarter = (batch.time * 4).long().clamp(max=3).cpu()
+            weight = batch.weight.cpu()
+            sums.index_add_(0, quarter, losses["loss"].float().cpu() * weight)
+            counts.index_add_(0, quarter, weight)
+    result = {"validation_loss": (sums.sum() / counts.sum()).item()}
+    for i in range(4):
+        if counts[i]:
+            result[f"validation_loss_q{i + 1}"] = (sums[i] / counts[i]).item()
+    return result
+
+
+def draw_samples(session: Session, config: TrainConfig) -> Path | None:
+    """Sample the config's prompts from the averaged weights, seed by position, to `samples/` and the trackers."""
+    state, data, accelerator = session.state, session.data, session.state.accelerator
+    if not accelerator.is_main_process:
+        return None
+    captions = [data.captions[prompt] for prompt in config.prompts]
+    side = config.model.latent_size
+    latents = sample_latents(
+        state.ema, config.card, captions, data.null, range(len(captions)), config.sample, height=side, width=side
+    )
+    images = to_images(session.autoencoder.decode(latents.to(accelerator.device)))
+    sheet = contact_sheet([[image] for image in images], list(config.prompts))
+    path = session.run / "samples" / f"step_{state.progress.step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            picture = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
+            tracker.writer.add_image("samples", picture, state.progress.step, dataformats="HWC")
+    return path

@@ -1,0 +1,280 @@
+"""Closed forms and properties of schedules, losses, guidance and samplers."""
+
+import math
+
+import pytest
+import torch
+from toy import relative, toy_network
+
+from pixart.diffusion import DiffusionConfig, diffusion_loss, guide, make_denoise, make_schedule
+from pixart.diffusion.losses import loss_weight, prediction_target, to_x0
+from pixart.diffusion.samplers import ddim, dpm_solver, draw_noise, euler, flow_times, heun, iddpm
+from pixart.diffusion.sampling import SampleConfig, resolve, sample
+from pixart.diffusion.schedule import DiscreteSchedule, FlowSchedule
+from pixart.errors import InputError
+
+LINEAR, COSINE, FLOW = DiscreteSchedule.linear(), DiscreteSchedule.cosine(), FlowSchedule()
+PREDICTIONS = [(LINEAR, "epsilon"), (LINEAR, "v"), (COSINE, "x0"), (FLOW, "velocity"), (FLOW, "x0")]
+SHAPE = (4, 3, 6, 6)
+
+
+def draw(seed: int = 0, shape=SHAPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def times_for(schedule) -> torch.Tensor:
+    return torch.tensor([100, 300, 500, 900]) if schedule is not FLOW else torch.tensor([100.0, 300.5, 500.0, 900.0])
+
+
+def test_the_cosine_schedule_follows_its_formula():
+    def bar(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 10, 500, 900):
+        assert COSINE.tables["alphas_cumprod"][t].item() == pytest.approx(bar(t + 1) / bar(0), rel=1e-9)
+    assert COSINE.tables["betas"].max() == 0.999
+
+
+def test_coefficients_at_whole_times_are_the_tables_and_between_them_log_linear():
+    for t in (0, 1, 499, 999):
+        alpha, sigma = LINEAR.alpha_sigma(float(t))
+        assert alpha == pytest.approx(LINEAR.tables["alpha"][t].item(), rel=1e-12)
+        assert sigma == pytest.approx(LINEAR.tables["sigma"][t].item(), rel=1e-9)
+    middle = LINEAR.alpha_sigma(10.5)[0]
+    assert middle == pytest.approx(math.sqrt(LINEAR.alpha_sigma(10.0)[0] * LINEAR.alpha_sigma(11.0)[0]), rel=1e-12)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), PREDICTIONS)
+def test_a_perfect_output_has_no_loss_and_gives_the_picture_back(schedule, prediction):
+    x0, noise, t = draw(0), draw(1), times_for(schedule)
+    config = DiffusionConfig("flow" if schedule is FLOW else "linear", prediction)
+    alpha, sigma = schedule.alpha_sigma_of(t)
+    target = prediction_target(prediction, x0, noise, alpha, sigma)
+    assert diffusion_loss(schedule, config, target, x0, noise, t)["loss"].abs().max() == 0
+    x_t = schedule.add_noise(x0, noise, t)
+    assert relative(to_x0(prediction, x_t, target, alpha, sigma), x0) <= 2e-5  # ε amplifies rounding by σ/α
+    for row in range(4):  # and so does a denoiser, with ε beside it
+        network = lambda x, t, row=row: target[row : row + 1]  # noqa: E731
+        result = make_denoise(network, schedule, config)(x_t[row : row + 1], float(t[row]))
+        assert relative(result.x0, x0[row : row + 1]) <= 2e-5
+        assert relative(result.eps, noise[row : row + 1]) <= 2e-5
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), PREDICTIONS)
+def test_min_snr_and_velocity_weights_measure_one_error_whatever_is_predicted(schedule, prediction):
+    x0, noise, t = draw(0), draw(1), times_for(schedule)
+    alpha, sigma = schedule.alpha_sigma_of(t)
+    x_t, error = schedule.add_noise(x0, noise, t), draw(2)
+    # an output whose x0 errs by `error`, found from the linearity of to_x0
+    clean = prediction_target(prediction, x0, noise, alpha, sigma)
+    slope = to_x0(prediction, x_t, clean + 1, alpha, sigma) - to_x0(prediction, x_t, clean, alpha, sigma)
+    output = clean + error / slope
+    snr = (alpha / sigma)[:, 0, 0, 0] ** 2
+    per_picture = error.square().flatten(1).mean(1)
+    kind = "flow" if schedule is FLOW else "linear"
+    for weighting, weight in (("min_snr", snr.clamp(max=5)), ("velocity", 1 / sigma[:, 0, 0, 0] ** 2)):
+        config = DiffusionConfig(kind, prediction, weighting=weighting)
+        loss = diffusion_loss(schedule, config, output, x0, noise, t)["loss"]
+        assert torch.allclose(loss, weight * per_picture, rtol=2e-4)
+
+
+def test_min_snr_is_the_papers_for_epsilon():
+    # arXiv 2303.09556, equation 8: min(SNR, γ) / SNR on the error of ε
+    config = DiffusionConfig(weighting="min_snr", min_snr_gamma=5.0)
+    t = torch.tensor([0, 50, 400, 999])
+    alpha, sigma = LINEAR.alpha_sigma_of(t)
+    snr = (alpha / sigma) ** 2
+    assert torch.allclose(loss_weight(config, t, alpha, sigma), snr.clamp(max=5) / snr, rtol=1e-5)
+
+
+def test_training_times_have_the_distribution_they_are_said_to_have():
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    t = LINEAR.draw_times(uniform, DiffusionConfig())
+    assert torch.equal(t.bincount(minlength=1000), torch.full((1000,), 10))
+    assert LINEAR.draw_times(torch.tensor([1 - 2**-24]), DiffusionConfig()).item() == 999
+    flow = DiffusionConfig("flow", "velocity", times="logit_normal", logit_mean=0.5, logit_std=1.5)
+    t = FLOW.draw_times(uniform.double(), flow).double() / 1000
+    logit = torch.log(t / (1 - t))
+    assert logit.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert logit.std().item() == pytest.approx(1.5, abs=0.01)
+    ends = FLOW.draw_times(torch.tensor([0.0, 1 - 2**-24]), flow)
+    assert torch.isfinite(ends).all()
+    assert (ends >= 0).all() and (ends <= 1000).all()
+
+
+def toy_denoise(c: float = 0.5):
+    return make_denoise(toy_network(torch.full((1, 1, 1, 1), c)), LINEAR, DiffusionConfig())
+
+
+def gaussian_flow(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Velocity of the flow between N(0.5, 0.5²) and standard noise: a closed form, smooth at both ends."""
+    tau = (t / 1000)[:, None, None, None]
+    variance = (1 - tau) ** 2 * 0.25 + tau**2
+    x0 = 0.5 + (1 - tau) * 0.25 / variance * (x - (1 - tau) * 0.5)
+    eps = tau / variance * (x - (1 - tau) * 0.5)
+    return eps - x0
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_flow_solvers_converge_with_their_order_to_the_exact_end(solver, order, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    config = DiffusionConfig("flow", "velocity")
+    denoise = make_denoise(gaussian_flow, FLOW, config)
+    x = draw(3).double()
+    exact = 0.5 + 0.5 * x  # the flow's map between the two Gaussians
+    errors = [(solver(denoise, x, FLOW, n) - exact).norm().item() for n in (40, 80)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+
+
+def test_dpm_solver_converges_with_its_order(monkeypatch):
+    # Two things would hide the order: the chain's log α is piecewise linear, so a smooth process stands in for it; and
+    # the first and last steps are of lower order, so the prediction is made to vary in the middle only.
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+    class Smooth(DiscreteSchedule):
+        def alpha_sigma(self, t):
+            tau = 0.05 + 0.9 * t / 999
+            return math.cos(tau * math.pi / 2), math.sin(tau * math.pi / 2)
+
+    schedule = Smooth(LINEAR.tables["betas"].numpy())
+
+    def network(x, t):
+        return math.sin(math.pi * t[0].item() / 999) ** 8 * (1 + 0.3 * torch.tanh(x))
+
+    denoise = make_denoise(network, schedule, DiffusionConfig(prediction="x0"))
+    x = draw(3).double()
+    errors = {}
+    for order in (1, 2, 3):
+        reference = dpm_solver(denoise, x, schedule, 2560, order=order)
+        errors[order] = [(dpm_solver(denoise, x, schedule, n, order=order) - reference).norm() for n in (40, 320, 640)]
+    for order, expected in ((1, 1), (2, 2), (3, 2)):  # see dpm_solver's docstring about the third
+        assert math.log2(errors[order][1] / errors[order][2]) == pytest.approx(expected, abs=0.25), order
+    assert errors[3][0] < errors[2][0] / 5 < errors[1][0] / 15
+
+
+@torch.no_grad()
+def test_ddim_and_ddpm_agree_with_the_gaussian_they_sample():
+    # a network that knows the data are N(0.5, 0.3²): samples must have that mean and spread
+    def network(x, t):
+        alpha, sigma = LINEAR.alpha_sigma_of(t.long())
+        return sigma * (x - alpha * 0.5) / (alpha**2 * 0.09 + sigma**2)
+
+    denoise = make_denoise(network, LINEAR, DiffusionConfig())
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    for name, run in {
+        "ddim": lambda x: ddim(denoise, x, LINEAR, 100),
+        "ddim, eta 1": lambda x: ddim(denoise, x, LINEAR, 250, generators, eta=1.0),
+        "iddpm": lambda x: iddpm(denoise, x, LINEAR, 1000, generators),
+        "dpm_solver": lambda x: dpm_solver(denoise, x, LINEAR, 50),
+    }.items():
+        result = run(draw(5, (64, 3, 16, 16)))
+        assert result.mean().item() == pytest.approx(0.5, abs=0.02), name
+        assert result.std().item() == pytest.approx(0.3, rel=0.05), name
+
+
+def test_guidance_follows_its_formula_and_spares_the_network_where_it_is_off():
+    calls = []
+
+    def network(value):
+        def run(x, t):
+            calls.append(len(x))
+            value_of_row = torch.tensor(value)[:, None, None, None]
+            return torch.cat([x * value_of_row, torch.full_like(x, 0.25)], 1)
+
+        return run
+
+    x = draw(0, (1, 3, 4, 4))
+    conditional = make_denoise(network([2.0]), LINEAR, DiffusionConfig())
+    both = make_denoise(network([2.0, 1.0]), LINEAR, DiffusionConfig())
+    result = guide(conditional, both, LINEAR, 4.5)(x, 500.0)
+    assert relative(result.eps, x * (1 + 4.5 * (2 - 1))) <= 1e-6
+    alpha, sigma = LINEAR.alpha_sigma(500.0)
+    assert relative(result.x0, (x - sigma * result.eps) / alpha) <= 1e-6
+    assert torch.equal(result.variance, torch.full_like(x, 0.25)), "the caption's variance, not a mixture"
+    assert calls == [2]
+    guide(conditional, both, LINEAR, 1.0)(x, 500.0)
+    interval = guide(conditional, both, LINEAR, 4.5, interval=(200.0, 700.0))
+    for t in (100.0, 200.0, 700.0, 701.0):
+        interval(x, t)
+    assert calls == [2, 1, 1, 2, 2, 1]
+
+
+def test_rescaled_guidance_restores_the_contrast():
+    x = draw(0)
+    conditional = make_denoise(lambda x, t: x * 0.9, LINEAR, DiffusionConfig())
+    both = make_denoise(lambda x, t: torch.cat([x[:4] * 0.9, x[4:] * 0.5 + 0.1]), LINEAR, DiffusionConfig())
+    plain = conditional(x, 500.0)
+    for rescale in (0.0, 0.7, 1.0):
+        result = guide(conditional, both, LINEAR, 4.5, rescale=rescale)(x, 500.0)
+        guided = guide(conditional, both, LINEAR, 4.5)(x, 500.0)
+        spread = [v.x0.std(dim=(1, 2, 3)) for v in (plain, guided, result)]
+        assert torch.allclose(spread[2], rescale * spread[0] + (1 - rescale) * spread[1], rtol=1e-5)
+        alpha, sigma = LINEAR.alpha_sigma(500.0)
+        assert relative(alpha * result.x0 + sigma * result.eps, x) <= 1e-5, "x_t stays α·x0 + σ·ε"
+
+
+def test_noise_belongs_to_its_generator_not_to_its_batch():
+    rows = draw_noise([torch.Generator().manual_seed(i) for i in (3, 4, 5)], (2, 2))
+    assert torch.equal(rows[1:2], draw_noise([torch.Generator().manual_seed(4)], (2, 2)))
+
+
+def test_flow_times_go_from_noise_to_picture_and_shift_towards_noise():
+    assert flow_times(4) == [1000, 750, 500, 250, 0]
+    shifted = flow_times(4, shift=3.0)
+    assert shifted[0] == 1000 and shifted[-1] == 0
+    assert shifted[2] == pytest.approx(1000 * 3 * 0.5 / (1 + 2 * 0.5))
+
+
+@pytest.mark.parametrize("name", ["dpm_solver", "iddpm", "ddim", "euler", "heun"])
+def test_every_sampler_runs_by_name_and_reports_each_step(name):
+    flow = name in ("euler", "heun")
+    diffusion = DiffusionConfig("flow", "velocity") if flow else DiffusionConfig()
+    schedule = make_schedule(diffusion)
+    seen = []
+    result = sample(
+        make_denoise(lambda x, t: x * 0.5, schedule, diffusion),
+        draw(0), schedule, SampleConfig(sampler=name, steps=5), [torch.Generator() for _ in range(4)],
+        lambda step, x: seen.append((step, x.shape)),
+    )  # fmt: skip
+    assert torch.isfinite(result).all()
+    assert seen == [(i, SHAPE) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("config", "flow", "match"),
+    [
+        ({"sampler": "dpm_solver"}, True, "euler or heun"),
+        ({"sampler": "euler"}, False, "dpm_solver or iddpm or ddim"),
+        ({"eta": 0.5}, False, "no option 'eta'"),
+        ({"shift": 3.0}, False, "no option 'shift'"),
+        ({"ending": "alpha"}, True, "no option 'ending'"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_is_refused(config, flow, match):
+    with pytest.raises(InputError, match=match):
+        resolve(SampleConfig(**config), FLOW if flow else LINEAR)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DiffusionConfig("flow", "epsilon"),
+        lambda: DiffusionConfig("linear", "velocity"),
+        lambda: DiffusionConfig("linear", times="logit_normal"),
+        lambda: DiffusionConfig(prediction="v", weighting="snr_switch"),
+        lambda: SampleConfig(steps=0),
+        lambda: SampleConfig(rescale=2.0),
+        lambda: LINEAR.respace(1),
+        lambda: LINEAR.respace(1001),
+        lambda: dpm_solver(toy_denoise(), draw(0), LINEAR, 2, order=3),
+        lambda: ddim(toy_denoise(), draw(0), LINEAR, 10, eta=1.0),
+        lambda: flow_times(0),
+        lambda: make_denoise(lambda x, t: x[:, :2], LINEAR, DiffusionConfig())(draw(0), 5.0),
+        lambda: diffusion_loss(FLOW, DiffusionConfig("flow", "velocity"), draw(0, (4, 6, 6, 6)), draw(0), draw(1),
+                               torch.ones(4)),
+        lambda: diffusion_loss(LINEAR, DiffusionConfig(), draw(0, (4, 5, 6, 6)), draw(0), draw(1), torch.ones(4).long()),
+    ],
+)  # fmt: skip
+def test_settings_without_meaning_are_refused(make):
+    with pytest.raises(InputError):
+        make()

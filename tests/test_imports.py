@@ -1,0 +1,88 @@
+"""Imports only go down the floors, and importing touches nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    "evaluate": 5, "train": 4, "pipeline": 3, "checkpoint": 2, "data": 2, "model": 1, "diffusion": 1,
+    "config": 0, "captions": 0, "buckets": 0, "cli": 0, "grid": 0, "errors": -1,
+}  # fmt: skip
+RUNTIME = {
+    "torch", "transformers", "safetensors", "einops", "timm", "accelerate", "yaml", "numpy", "PIL", "tqdm", "huggingface_hub",
+}  # fmt: skip
+
+
+def imports_of(path: Path):
+    """(module, whether it stands at the top level) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, node in top
+
+
+def room_of(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+def test_imports_only_go_down():
+    for path in sorted((ROOT / "pixart").rglob("*.py")):
+        room = path.relative_to(ROOT / "pixart").with_suffix("").parts[0]
+        if room == "__init__":
+            continue
+        for module, _ in imports_of(path):
+            if module == "pixart" or not module.startswith("pixart"):
+                continue
+            target = room_of(module)
+            assert target == room or FLOORS[target] < FLOORS[room], f"{path.name} ({room}) imports {module}"
+
+
+def test_runtime_packages_alone_are_imported_at_the_top():
+    for path in sorted((ROOT / "pixart").rglob("*.py")):
+        for module, top in imports_of(path):
+            package = module.split(".")[0]
+            if top:
+                assert package in RUNTIME | {"pixart"} | sys.stdlib_module_names, f"{path} imports {module} at the top"
+
+
+def test_diffusion_never_imports_a_network():
+    for path in (ROOT / "pixart" / "diffusion").glob("*.py"):
+        assert not any(module.startswith("pixart.model") for module, _ in imports_of(path)), path
+
+
+def test_importing_writes_nothing_and_leaves_global_state_alone(tmp_path):
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "pixart").rglob("*.py")
+    ]
+    code = (
+        "import importlib, random, signal, torch\n"
+        "before = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), random.getstate(),"
+        " signal.getsignal(signal.SIGTERM))\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "after = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), random.getstate(),"
+        " signal.getsignal(signal.SIGTERM))\n"
+        "assert before == after\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scripts_only_parse_call_and_print():
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 50, path
+
+
+def test_the_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "pixart").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert path.name in readme, f"{path.relative_to(ROOT)} is missing from the README's file tree"

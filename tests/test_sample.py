@@ -1,0 +1,241 @@
+"""From a trained model to pictures: the pipeline and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import build, make_pictures, make_text_encoder, run_script, settings
+from toy import TINY, relative, tiny_model
+
+from pixart.checkpoint.files import ModelCard, load_model, save_model
+from pixart.diffusion.sampling import SampleConfig
+from pixart.diffusion.schedule import DiffusionConfig
+from pixart.errors import InputError
+from pixart.evaluate.finish import finish
+from pixart.evaluate.retrieval import nearest_pictures
+from pixart.model import PixArtConfig
+from pixart.model.autoencoder import AutoencoderConfig
+from pixart.model.text import TextConfig
+from pixart.pipeline import Pipeline, sample_latents, save_samples
+from pixart.train.loop import train
+
+PROMPTS = ["a red square", "two", "a very green square indeed", "blue"]
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+def make_model(folder: Path, text_encoder: Path, diffusion: DiffusionConfig | None = None, **changes) -> Path:
+    model = tiny_model(**{"in_channels": 3, "learn_sigma": False, **changes})
+    text = TextConfig(model=str(text_encoder), length=12, clean=False, null=changes.pop("null", "buffer"))
+    save_model(folder, model.state_dict(), ModelCard(model.config, diffusion or DiffusionConfig(), text=text))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, text_encoder) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model", text_encoder)
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver", "iddpm", "ddim"])
+def test_an_image_depends_on_its_prompt_and_seed_not_on_its_batch(model_folder, sampler):
+    pipeline = Pipeline.from_pretrained(model_folder)
+    captions, null = pipeline.encode(PROMPTS)
+    config = SampleConfig(sampler=sampler, steps=8, guidance=3.0, eta=1.0 if sampler == "ddim" else 0.0)
+
+    def sample(rows):
+        return sample_latents(
+            pipeline.model, pipeline.card, [captions[i] for i in rows], null, [10 + i for i in rows], config,
+            height=8, width=8,
+        )  # fmt: skip
+
+    together = sample([0, 1, 2, 3])
+    for i in range(4):
+        assert relative(sample([i]), together[i : i + 1]) <= 1e-6
+    assert relative(sample([3, 1]), together[[3, 1]]) <= 1e-6
+    assert relative(together[0:1], together[1:2]) > 0.1
+
+
+def test_batch_size_changes_no_picture(model_folder):
+    pipeline = Pipeline.from_pretrained(model_folder)
+    config = SampleConfig(steps=4)
+    one, four = (pipeline(PROMPTS, [1, 2, 3, 4], config, batch_size=size) for size in (1, 4))
+    for a, b in zip(one, four, strict=True):
+        difference = torch.frombuffer(bytearray(a.tobytes()), dtype=torch.uint8).int() - torch.frombuffer(
+            bytearray(b.tobytes()), dtype=torch.uint8
+        )
+        assert difference.abs().max() <= 1  # of 255: rounding at a step's edge
+
+
+@pytest.mark.parametrize("null", ["buffer", "empty", "empty_own_mask"])
+def test_the_null_caption_follows_the_models_mode(tmp_path, text_encoder, null):
+    model = tiny_model(in_channels=3, learn_sigma=False)
+    text = TextConfig(model=str(text_encoder), length=12, clean=False, null=null)
+    save_model(tmp_path / "m", model.state_dict(), ModelCard(model.config, text=text))
+    pipeline = Pipeline.from_pretrained(tmp_path / "m")
+    captions, states = pipeline.encode(["a red square"])
+    config = SampleConfig(steps=2, guidance=5.0, sampler="ddim")
+    result = sample_latents(pipeline.model, pipeline.card, captions, states, [0], config, height=8, width=8)
+
+    # by hand: two network calls a step, the null caption and mask written out
+    length = len(captions[0])
+    empty, mask = pipeline.text.encode([""], padding="max_length")
+    null_caption, null_mask = {
+        "buffer": (model.y_embedder.y_embedding[None, :length], torch.ones(1, length)),
+        "empty": (empty[:, :length], torch.ones(1, length)),
+        "empty_own_mask": (empty, mask),
+    }[null]
+    from pixart.diffusion import Prediction
+    from pixart.diffusion.samplers import ddim, draw_noise
+    from pixart.diffusion.schedule import DiscreteSchedule
+
+    schedule = DiscreteSchedule.linear()
+
+    @torch.no_grad()
+    def denoise(x, t):
+        times = torch.full((1,), t)
+        eps, null_eps = pipeline.model(x, times, captions[0][None]), pipeline.model(x, times, null_caption, null_mask)
+        eps = null_eps + 5.0 * (eps - null_eps)
+        alpha, sigma = schedule.alpha_sigma(t)
+        return Prediction(eps, (x - sigma * eps) / alpha)
+
+    x = draw_noise([torch.Generator().manual_seed(0)], (3, 8, 8))
+    assert relative(result, ddim(denoise, x, schedule, 2)) <= 1e-5
+
+
+def test_a_flow_model_is_never_sampled_as_another(tmp_path, text_encoder):
+    flow = DiffusionConfig("flow", "velocity")
+    pipeline = Pipeline.from_pretrained(make_model(tmp_path / "flow", text_encoder, flow))
+    assert len(pipeline(PROMPTS[:1], [0])) == 1
+    with pytest.raises(InputError, match="euler or heun"):
+        pipeline(PROMPTS[:1], [0], SampleConfig(sampler="dpm_solver"))
+
+
+def test_micro_conditions_reach_the_network(tmp_path, text_encoder):
+    folder = make_model(tmp_path / "micro", text_encoder, micro_conditions=True)
+    pipeline = Pipeline.from_pretrained(folder)
+    seen = []
+    pipeline.model.csize_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    image = pipeline(PROMPTS[:1], [0], SampleConfig(steps=2), height=8, width=12)[0]
+    assert image.size == (12, 8)
+    assert seen[0].tolist() == [8, 12] * 2  # both halves of guidance
+
+
+def test_pngs_carry_their_settings_and_a_contact_sheet_lies_beside_them(model_folder, tmp_path):
+    pipeline = Pipeline.from_pretrained(model_folder)
+    paths = save_samples(pipeline, PROMPTS[:2], tmp_path, SampleConfig(steps=3, guidance=2.5), seed=7, count=2)
+    assert len(paths) == 4
+    info = Image.open(paths[3]).text
+    assert info == {"prompt": "two", "seed": "8", "sampler": "dpm_solver", "steps": "3", "guidance": "2.5"}
+    assert Image.open(tmp_path / "contact_sheet.png").width > 96
+
+
+def test_a_model_survives_its_files(model_folder):
+    model, card = load_model(model_folder)
+    assert card.model == PixArtConfig(**TINY).__class__(**{**TINY, "in_channels": 3, "learn_sigma": False})
+    reference = tiny_model(in_channels=3, learn_sigma=False).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reference[name]), name
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_command_draws_from_a_run_as_it_says(tmp_path, text_encoder):
+    pictures = make_pictures(tmp_path / "pictures")
+    config = build(settings(tmp_path / "run", pictures, text_encoder), evaluate={"retrieval": True},
+                   sample={"steps": 2, "guidance": 2.0})  # fmt: skip
+    report = finish(config, train(config))
+    assert "top-1 " in report and "of 8 captions" in report
+    assert (tmp_path / "run" / "retrieval.png").exists()
+    score = json.loads((tmp_path / "run" / "retrieval.json").read_text())
+    assert score["count"] == 8
+    (tmp_path / "prompts.txt").write_text("# mine\na blue square\n\n a green one \n")
+    result = run_script(
+        "sample", "--model", tmp_path / "run", "a red square", "--prompt-file", tmp_path / "prompts.txt",
+        "--out", tmp_path / "out", "--set", "sampler=heun", "steps=3", "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 3
+    info = Image.open(next((tmp_path / "out").glob("001*"))).text
+    assert info["prompt"] == "a blue square"
+    assert (info["sampler"], info["steps"], info["guidance"]) == ("heun", "3", "2.0")
+    raw = run_script("sample", "--model", tmp_path / "run", "x", "--raw", "--out", tmp_path / "raw", "--device", "cpu")
+    assert raw.returncode == 0, raw.stderr
+
+
+def test_the_nearest_picture_is_by_pixels():
+    originals = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    samples = [Image.new("RGB", (4, 4), colour) for colour in ((10, 0, 200), (200, 30, 0))]
+    assert nearest_pictures(samples, originals) == [2, 0]
+
+
+def damage_config(folder: Path, change) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    change(settings)
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"<html>"), "cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: damage_config(f, lambda s: s["model"].update(depth=3)), "missing: blocks.2"),
+        (lambda f: damage_config(f, lambda s: s["model"].update(depth=1)), "unknown: blocks.1"),
+        (lambda f: damage_config(f, lambda s: s["model"].update(hidden_size=96)), "of another shape"),
+        (lambda f: damage_config(f, lambda s: s["model"].update(widht=1)), "unknown key 'model.widht'"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model at"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_refused(tmp_path, text_encoder, damage, match):
+    folder = make_model(tmp_path / "model", text_encoder)
+    damage(folder)
+    with pytest.raises(InputError, match=match):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere", "x"], "no model at /nowhere"),
+        (["--model", "MODEL", " ".join(["word"] * 30)], "has 32 tokens, the model takes 12"),
+        (["--model", "MODEL", "x", "--height", "9"], "multiples of 2"),
+        (["--model", "MODEL"], "0 prompts"),
+        (["--model", "MODEL", "x", "--set", "sampler=heun"], "does not fit this model's schedule"),
+        (["--model", "MODEL", "x", "--set", "stepz=3"], "did you mean 'steps'?"),
+        (["--model", "MODEL", "--prompt-file", "/nowhere.txt"], "prompt file /nowhere.txt"),
+    ],
+)
+def test_wrong_commands_get_one_line(model_folder, arguments, message, capsys, monkeypatch, tmp_path):
+    import runpy
+    import sys
+
+    from runs import ROOT
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *(a.replace("MODEL", str(model_folder)) for a in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")
+    assert ended.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_caption_without_tokens_is_refused(model_folder):
+    pipeline = Pipeline.from_pretrained(model_folder)
+    with pytest.raises(InputError, match="caption 1 has no token"):
+        sample_latents(
+            pipeline.model, pipeline.card, [torch.zeros(2, 16), torch.zeros(0, 16)], None, [0, 1], SampleConfig(),
+            height=8, width=8,
+        )  # fmt: skip
+
+
+def test_a_pixel_model_needs_no_autoencoder():
+    assert AutoencoderConfig().latent_channels == 3
+    assert AutoencoderConfig().downsample == 1
