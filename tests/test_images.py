@@ -336,7 +336,7 @@ def test_damaged_files_give_pixels_or_one_of_the_known_errors(tmp_path_factory, 
         try:
             (record,) = scan_images(folder, SQUARE).records
         except InputError as error:
-            assert "unreadable: " in str(error) or "cropped away" in str(error)
+            assert "unreadable: " in str(error) or "cropped away" in str(error)  # noqa: PT017
             return
         with suppress(*UNREADABLE):
             assert load_image(record.path, record.bucket).shape == (64, 64, 3)
@@ -420,8 +420,10 @@ def test_exif_behind_the_pixels_of_a_png_counts_and_scanning_does_not_decode_it(
     assert (record.height, record.width) == (60, 40)
     expected = np.asarray(picture(60, 40).transpose(Image.Transpose.ROTATE_270))
     np.testing.assert_array_equal(load_image(path, Bucket(1.0, 60, 40)), expected)
-    path.write_bytes(data[:-40])  # truncated: only decoding finds out
+    path.write_bytes(encoded(picture(60, 40), "PNG")[:-40])  # truncated: only decoding finds out
     assert len(scan_images(tmp_path, SQUARE).records) == 1
+    with pytest.raises(UNREADABLE):
+        load_image(path, SQUARE[0])
 
 
 def whole(path, height=40, width=60) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""Tensors in files: what a file holds by its content, memory-mapped, and never a line of its code run.
+
+Every `Weights.read` maps the files anew. Pages that were only copied from leave memory with that map, so a load
+holds each weight once.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pixart.errors import InputError
+
+CARD_KEY = "pixart_card"  # JSON beside an official file's state_dict, where the defaults would misread the model
+# where checkpoints keep their averaged and their raw weights: PixArt's authors, DiT's, DeepSpeed
+_EMA, _RAW = ("state_dict_ema", "ema"), ("state_dict", "model", "module")
+# parts of a name that wrappers add: DDP, torch.compile, ControlNet's and FSDP's modules, trainers
+_WRAPPERS = {"module", "_orig_mod", "base_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one model, over one file or more. Nothing is read before `read`, and then only mapped."""
+
+    files: tuple[Path, ...]
+    ema: bool = True  # of a training checkpoint with both, the averaged weights
+
+    def read(self) -> dict[str, Tensor]:
+        """Names without wrappers' prefixes → tensors in a new memory map; writing to them leaves the file alone.
+
+        Raises:
+            InputError: not files of weights, damaged, with code in them, or a name twice.
+        """
+        state: dict[str, Tensor] = {}
+        for file in self.files:
+            part = strip_wrappers(find_state(read_payload(file), file, ema=self.ema), file)
+            if twice := sorted(state.keys() & part.keys()):
+                raise InputError(f"{file}: {twice[0]} stands in another file of this model too")
+            state.update(part)
+        return state
+
+    def card_text(self) -> str | None:
+        """The card that our own export to the official format adds where needed."""
+        if len(self.files) != 1 or sniff(self.files[0]) == "safetensors":
+            return None
+        payload = read_payload(self.files[0])
+        return payload.get(CARD_KEY) if isinstance(payload, Mapping) else None
+
+
+def read_payload(path: Path) -> Any:
+    """What a file holds, tensors memory-mapped (but for torch files older than 1.6, which cannot be)."""
+    kind = sniff(path)
+    try:
+        if kind == "safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(
+                f"{path}: refused, since loading it would run code: its pickle calls {found[1]}. If you trust its "
+                "author, take the tensors out once, in an environment you can lose: python -c \"import torch; p = "
+                f"torch.load('{path}', map_location='cpu', weights_only=False); "
+                "torch.save({'state_dict': p['state_dict']}, 'weights.pth')\""
+            ) from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({_one_line(error)})") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: truncated or damaged ({path.stat().st_size:,} bytes; {_one_line(error)}); fetch it again"
+        ) from None
+
+
+def sniff(path: Path) -> str:
+    """"safetensors", "zip" (torch since 1.6) or "pickle" (before), by the first bytes.
+
+    Raises:
+        InputError: unreadable, or what a failed download leaves.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not head:
+        raise InputError(f"{path}: the file is empty; fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git-LFS pointer, not the weights; run git lfs pull, or download the file itself")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{path}: a web page, not weights; the download failed or needs a login. Fetch it again")
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    raise InputError(f"{path}: neither a torch nor a safetensors file; it starts with {head[:8]!r}")
+
+
+def find_state(payload: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """The state dict in a file's content: the content itself, or the section asked for.
+
+    With `ema` the averaged weights, or the raw ones where a file has no others, as released ones.
+    """
+    if not isinstance(payload, Mapping):
+        raise InputError(f"{path}: holds a {type(payload).__name__}, expected tensors by name")
+    sections = [key for key in (*_EMA, *_RAW) if isinstance(payload.get(key), Mapping) and payload[key]]
+    chosen = [key for key in sections if ema or key in _RAW]
+    if sections and not chosen:
+        raise InputError(f"{path}: has no raw weights, only {', '.join(sections)}; ask for these (--ema, ema=True)")
+    state = payload[chosen[0]] if chosen else payload
+    if odd := [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise InputError(
+            f"{path}: expected tensors by name, or one of {', '.join((*_EMA, *_RAW))} with them; found "
+            + ", ".join(odd[:6])
+        )
+    if not state:
+        raise InputError(f"{path}: has no tensor in it")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def strip_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names as the network's own: without `module.`, `_orig_mod.`, `base_model.` and their like, wherever they stand."""
+    stripped, origin = {}, {}
+    for name, tensor in state.items():
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in origin:
+            raise InputError(f"{path}: {origin[short]} and {name} are both {short} without their prefixes; keep one")
+        stripped[short], origin[short] = tensor, name
+    return stripped
+
+
+def read_index(index: Path) -> tuple[Path, ...]:
+    """The shards that an index names, every one there and holding what the index says.
+
+    Raises:
+        InputError: the index is damaged, or a shard is missing or another.
+    """
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: the index of the shards cannot be read ({_one_line(error)})") from None
+    if not files or (outside := [file for file in files if Path(file).name != file]):
+        raise InputError(f"{index}: expected names of files beside it, got {', '.join(outside) if files else 'none'}")
+    if missing := [file for file in files if not (index.parent / file).is_file()]:
+        raise InputError(f"{index}: shard {', '.join(missing)} is missing ({len(files)} shards named); fetch it")
+    for file in files:
+        held = find_state(read_payload(index.parent / file), index.parent / file, ema=True)
+        if absent := [name for name, shard in where.items() if shard == file and name not in held]:
+            raise InputError(f"{index}: names {absent[0]} in shard {file}, which does not hold it")
+    return tuple(index.parent / file for file in files)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
