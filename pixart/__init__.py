@@ -1,0 +1,25 @@
+"""PixArt-α and PixArt-Σ: train, ablate, load, sample. What stands here is imported when it is asked for."""
+
+import importlib
+from typing import Any
+
+_PLACES = {
+    "PRESETS": "pixart.model",
+    "PixArt": "pixart.model",
+    "PixArtConfig": "pixart.model",
+    "Pipeline": "pixart.pipeline",
+    "SampleConfig": "pixart.diffusion.sampling",
+    "load_model": "pixart.checkpoint.load",
+}
+
+__all__ = ["PRESETS", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'pixart' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

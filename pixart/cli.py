@@ -1,9 +1,13 @@
-"""What the scripts share: errors as one line, prompts from files."""
+"""What the scripts share: errors as one line, prompts from files, sizes at their ends."""
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pixart.errors import InputError
 
@@ -23,6 +27,26 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def read_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments as a dict; values as in YAML."""
+    settings = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set {text}: expected key=value, as in num_heads=12")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {text}: '{value}' is not a YAML value") from None
+    return settings
+
+
+def split_settings(texts: Sequence[str], names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """`key=value` arguments: those with a key among `names` as a dict, and the others as they are."""
+    mine = read_settings([text for text in texts if text.partition("=")[0] in names])
+    return mine, [text for text in texts if text.partition("=")[0] not in mine]
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; empty lines and lines that start with # are left out."""
     try:
@@ -33,3 +57,21 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise InputError(f"prompt file {path}: no prompt in it; expected one a line")
     return prompts
+
+
+def split_prompt(line: str) -> tuple[str, dict[str, float]]:
+    """A prompt and the size that its end may ask for, as arguments of `Pipeline.__call__`.
+
+    "a cat --ar 3:4" asks for an aspect ratio, height to width; "a cat --hw 768:1024" for pixels.
+    """
+    text, *asked = re.split(r"(?:^|\s)--(?=(?:ar|hw)(?:\s|$))", line)
+    text = text.strip()
+    if not asked:
+        return text, {}
+    match = re.fullmatch(r"(ar|hw)\s+(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)\s*", asked[0])
+    if len(asked) > 1 or not match or not text:
+        raise InputError(f"prompt '{line[:80]}': expected a text that ends in one --ar h:w or --hw h:w")
+    high, wide = float(match[2]), float(match[3])
+    if high == 0 or wide == 0 or (match[1] == "hw" and not (high.is_integer() and wide.is_integer())):
+        raise InputError(f"prompt '{line[:80]}': --ar takes positive numbers, --hw whole pixels")
+    return text, {"aspect_ratio": high / wide} if match[1] == "ar" else {"height": int(high), "width": int(wide)}

@@ -1,7 +1,7 @@
 """Pictures of pictures: labelled contact sheets."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +14,7 @@ def contact_sheet(
     *,
     columns: int | None = None,
     side: int | None = None,
+    red: Collection[int] = (),
 ) -> Image.Image:
     """One cell per label: its pictures one above the other, the label below.
 
@@ -21,6 +22,7 @@ def contact_sheet(
         columns: about as wide as high by default.
         side: width of a cell in pixels; the pictures' own, but at least 96, by default. Pictures are enlarged without
             smoothing, so that what a small model draws is what is seen.
+        red: the cells whose label is red.
     """
     side = side or max(96, max(image.width for cell in cells for image in cell))
     stack = max(len(cell) for cell in cells)
@@ -41,6 +43,6 @@ def contact_sheet(
             top += room
         lines = textwrap.wrap(label, width=max(side // 6, 4), max_lines=LABEL_LINES, placeholder="…")
         for line in lines:
-            draw.text((left + 1, top + 1), line, fill="black", font=font)
+            draw.text((left + 1, top + 1), line, fill="red" if i in red else "black", font=font)
             top += LINE
     return sheet

@@ -1,185 +1,281 @@
 """From prompts to pictures. A picture depends on its prompt, its seed and the settings, never on its batch."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from tqdm import tqdm
 
-from pixart.checkpoint.files import ModelCard, load_model
-from pixart.diffusion import guide, make_denoise, make_schedule
-from pixart.diffusion.samplers import draw_noise
-from pixart.diffusion.sampling import SampleConfig, resolve, sample
+from pixart.checkpoint import ModelCard, load_with_card
+from pixart.cli import split_prompt
+from pixart.diffusion import make_schedule
+from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.errors import InputError
+from pixart.generate import (
+    Size,
+    choose_size,
+    encode_null,
+    resize_and_crop,
+    sample_latents,
+    to_images,
+    with_null_mode,
+)  # fmt: skip
 from pixart.grid import contact_sheet
-from pixart.model.autoencoder import Autoencoder, load_autoencoder
-from pixart.model.pixart import PixArt
+from pixart.model import PixArt
+from pixart.model.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from pixart.model.text import TextEncoder
 
-
-@torch.no_grad()
-def sample_latents(
-    model: PixArt,
-    card: ModelCard,
-    captions: Sequence[Tensor],
-    null: Tensor | None,
-    seeds: Sequence[int],
-    config: SampleConfig,
-    *,
-    height: int,
-    width: int,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Sample one picture per caption and seed.
-
-    Args:
-        captions: text states (L_i, caption_channels) of the real tokens.
-        null: the null caption as `encode_null` gives it; None means the model's own.
-        height, width: of the latents.
-
-    Returns:
-        scaled latents (B, C, height, width), fp32.
-    """
-    if len(captions) != len(seeds):
-        raise InputError(f"got {len(captions)} captions and {len(seeds)} seeds, expected as many")
-    for i, caption in enumerate(captions):
-        if not len(caption):
-            raise InputError(f"caption {i} has no token")
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    schedule = make_schedule(card.diffusion)
-    micro = _micro_conditions(card, height, width, device)
-
-    tokens, mask = _pad(captions, device, dtype)
-    null = model.y_embedder.y_embedding if null is None else null.to(device, dtype)
-    if card.text.null == "empty_own_mask":
-        all_tokens, all_masks = _pad([*captions, *[null] * len(captions)], device, dtype)
-    else:
-        if len(null) < tokens.shape[1]:
-            raise InputError(f"a caption has {tokens.shape[1]} tokens, the null caption only {len(null)}")
-        all_tokens = torch.cat([tokens, null[: tokens.shape[1]].expand_as(tokens)])
-        all_masks = torch.cat([mask, mask])
-
-    def network(caption, caption_mask):
-        context = model.encode_caption(caption, caption_mask)
-        return make_denoise(
-            lambda x, t: model(x.to(dtype), t, context, **{k: v.expand(len(x), *v.shape) for k, v in micro.items()}),
-            schedule,
-            card.diffusion,
-        )
-
-    denoise = guide(
-        network(tokens, mask),
-        network(all_tokens, all_masks),
-        schedule,
-        config.guidance,
-        interval=(config.guidance_low, config.guidance_high),
-        rescale=config.rescale,
-    )
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = draw_noise(generators, (card.model.in_channels, height, width), device)
-    return sample(denoise, x, schedule, config, generators, callback)
-
-
-def _pad(captions: Sequence[Tensor], device, dtype) -> tuple[Tensor, Tensor]:
-    """Captions (L_i, C) → tokens (B, L, C) and mask (B, L)."""
-    lengths = torch.tensor([len(caption) for caption in captions])
-    tokens = torch.nn.utils.rnn.pad_sequence([caption.to(device, dtype) for caption in captions], batch_first=True)
-    return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
-
-
-def _micro_conditions(card: ModelCard, height: int, width: int, device) -> dict[str, Tensor]:
-    if not card.model.micro_conditions:
-        return {}
-    pixels = card.vae.downsample
-    size = torch.tensor([height * pixels, width * pixels], dtype=torch.float32, device=device)
-    return {"size": size, "aspect_ratio": size[0] / size[1]}
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [-1, 1] → 8-bit pictures."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
+Embeddings = tuple[Tensor, Tensor]  # states (B, L, C) and mask (B, L), 1 = a token; what `TextEncoder.encode` returns
+StepCallback = Callable[[range, int, Tensor], None]  # which pictures, the step just done (from 0), latents after it
 
 
 class Pipeline:
     """A model with its text encoder and autoencoder: prompts in, pictures out."""
 
-    def __init__(self, model: PixArt, card: ModelCard, autoencoder: Autoencoder, text: TextEncoder | None):
+    def __init__(
+        self,
+        model: PixArt,
+        card: ModelCard,
+        autoencoder: Autoencoder,
+        text: TextEncoder | None,
+        *,
+        offload_text: bool = False,
+    ):
         self.model, self.card, self.autoencoder, self.text = model, card, autoencoder, text
+        self.offload_text = offload_text
+        self._nulls: dict[str, Tensor | None] = {}  # by mode; they outlive the text encoder
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, ema: bool = True, dtype: torch.dtype = torch.float32, device="cpu"
+        cls,
+        source: str | Path,
+        *,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        ema: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        overrides: dict[str, Any] | None = None,
+        load_text: bool = True,
+        quantize_text: Literal["8bit", "4bit"] | None = None,
+        offload_text: bool = False,
+        save_memory: bool = False,
     ) -> "Pipeline":
-        """Load a model folder, or a run's newest good checkpoint, with the encoder and autoencoder its card names."""
-        model, card = load_model(source, ema=ema, dtype=dtype, device=device)
-        text = TextEncoder.load(card.text, dtype=dtype, device=device)
-        return cls(model, card, load_autoencoder(card.vae, dtype=dtype, device=device), text)
+        """Load a model with its text encoder and autoencoder.
+
+        Args:
+            source: whatever `pixart.checkpoint.load_model` takes; `ema`, `revision` and `overrides` are for it. A
+                pipeline folder of diffusers brings its own text encoder and VAE.
+            text_encoder, vae: folders or Hub ids, in place of what the source brings or its card names.
+            load_text: False leaves the text encoder out; prompts must then come as `text_embeddings`.
+            quantize_text: as `TextEncoder.load`'s `quantize`.
+            offload_text: keep the text encoder on the CPU, but while it encodes.
+            save_memory: decode pictures one by one, and large ones in tiles.
+
+        Raises:
+            InputError: a part is not there, or does not fit the model; says where it was looked for.
+        """
+        if offload_text and quantize_text:
+            raise InputError("offload_text and quantize_text: an encoder in 8 or 4 bits cannot be moved; take one")
+        fetch_parts(source, revision, text=load_text and text_encoder is None, vae=vae is None)
+        model, card = load_with_card(
+            source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision
+        )  # fmt: skip
+        if text_encoder is not None:
+            card = replace(card, text=replace(card.text, model=str(text_encoder)))
+        if vae is not None:
+            if card.vae.kind == "identity":
+                raise InputError(f"{source} is a model of pixels, it takes no vae")
+            card = replace(card, vae=AutoencoderConfig(card.vae.kind, str(vae), card.vae.scale))
+        with _part("VAE", "vae", source, vae, card.vae.source):
+            autoencoder = load_autoencoder(card.vae, dtype=dtype, device=device)
+        text = None
+        if load_text:
+            with _part("text encoder", "text_encoder", source, text_encoder, card.text.model):
+                home = "cpu" if offload_text else device
+                text = TextEncoder.load(card.text, dtype=dtype, device=home, quantize=quantize_text)
+            _check_width(text, card)
+        if save_memory:
+            autoencoder.save_memory()
+        return cls(model, card, autoencoder, text, offload_text=offload_text)
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompts: str | Sequence[str] | None,
+        seeds: int | Sequence[int] = 0,
         config: SampleConfig | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
+        aspect_ratio: float | None = None,
+        sizes: Literal["exact", "official"] = "exact",
+        negative_prompts: str | Sequence[str] | None = None,
+        null: Literal["buffer", "empty", "empty_own_mask"] | None = None,
+        images_per_prompt: int = 1,
+        text_embeddings: Embeddings | None = None,
         batch_size: int = 16,
         truncate: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Image.Image]:
-        """One picture per prompt and seed, in order.
+        output: Literal["image", "latent", "pixels"] = "image",
+        callback: StepCallback | None = None,
+        progress: bool | Callable[[int], None] = False,
+    ) -> list[Image.Image] | Tensor:
+        """Draw `images_per_prompt` pictures of each prompt, those of a prompt side by side.
 
         Args:
+            prompts: None with `text_embeddings`, the states and mask of prompts encoded before.
+            seeds: one for each picture, or that of each prompt's first picture, whose next ones have the next.
             config: the model's recommendation by default.
-            height, width: in pixels; the model's native size if not given.
+            height, width: in pixels; the model's native size where not given.
+            aspect_ratio: height / width, in place of both: the official size with the nearest ratio.
+            sizes: "official" generates in the official size with the nearest ratio, then resizes and crops to what
+                was asked for; "exact" generates that.
+            negative_prompts: one for all, or one for each prompt; in the null caption's place, under their own mask.
+            null: another of the three null captions (see `encode_null`) than the model's card says.
+            batch_size: pictures at a time; changes no picture.
             truncate: cut prompts that are longer than the model's text length, rather than refuse them.
-            progress: called with the number of pictures just done.
+            output: "pixels" are (B, 3, H, W) in [-1, 1], not clipped; "latent" scaled latents, as generated.
+            callback: called after each step of each batch.
+            progress: True shows a bar of steps; a function is called with the number of pictures just done.
         """
-        config = config or self.card.sample
-        native = self.card.model.latent_size * self.autoencoder.downsample
-        height, width = height or native, width or native
-        multiple = self.card.model.patch_size * self.autoencoder.downsample
-        if height % multiple or width % multiple:
-            raise InputError(f"size {height} × {width} px: both sides must be multiples of {multiple}")
-        resolve(config, make_schedule(self.card.diffusion))  # refuse before the text encoder's work
-        captions, null = self.encode(prompts, truncate=truncate)
-        images: list[Image.Image] = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            latents = sample_latents(
-                self.model, self.card, captions[part], null, seeds[part], config,
-                height=height // self.autoencoder.downsample, width=width // self.autoencoder.downsample,
-            )  # fmt: skip
-            images += to_images(self.autoencoder.decode(latents))
-            if progress is not None:
-                progress(len(latents))
-        return images
+        if output not in ("image", "latent", "pixels"):
+            raise InputError(f"output: got '{output}', expected image, latent or pixels")
+        if images_per_prompt < 1 or batch_size < 1:
+            raise InputError(
+                f"got images_per_prompt {images_per_prompt} and batch_size {batch_size}, expected at least 1"
+            )
+        # all that can be refused is refused before the text encoder's work
+        config = resolve(config or self.card.sample, make_schedule(self.card.diffusion))
+        card = with_null_mode(self.card, null)
+        made, wanted = choose_size(card, height=height, width=width, aspect_ratio=aspect_ratio, sizes=sizes)
+        if (prompts is None) == (text_embeddings is None):
+            raise InputError("prompts and text_embeddings: give one or the other")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        count = len(text_embeddings[0] if prompts is None else prompts)
+        seeds = _one_each(seeds, count, images_per_prompt)
+        negative_prompts = _negatives(negative_prompts, count, null, config.guidance)
+
+        captions = self._given(text_embeddings) if prompts is None else self._encode(prompts, truncate, batch_size)
+        if negative_prompts is not None:
+            nulls = self._encode(negative_prompts, truncate, batch_size)
+        else:
+            nulls = None if config.guidance == 1 else self.null_caption(card.text.null)
+        captions = [caption for caption in captions for _ in range(images_per_prompt)]
+        if isinstance(nulls, list):
+            nulls = [caption for caption in nulls for _ in range(images_per_prompt)]
+
+        batches = [range(i, min(i + batch_size, len(seeds))) for i in range(0, len(seeds), batch_size)]
+        results: list = []
+        with tqdm(total=len(batches) * config.steps, desc="sampling", unit="step", disable=progress is not True) as bar:
+            for part in batches:
+                latents = self._sample(part, card, captions, nulls, seeds, config, made, callback, bar)
+                results += self._finish(latents, wanted, output)
+                if callable(progress):
+                    progress(len(part))
+        return results if output == "image" else torch.stack(results)
 
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> tuple[list[Tensor], Tensor | None]:
         """Prompts → text states of their real tokens, and the null caption if it is not the model's own."""
+        return self._encode(prompts, truncate, len(prompts)), self.null_caption(self.card.text.null)
+
+    def null_caption(self, mode: str) -> Tensor | None:
+        """As `encode_null`; encoded once, and kept when the text encoder is freed."""
+        if mode == "buffer" and not self.model.y_embedder.y_embedding.any():  # what loading puts where a file has none
+            raise InputError("this model has no null caption of its own: its file held none; take null empty_own_mask")
+        if mode not in self._nulls:
+            if mode == "buffer":
+                self._nulls[mode] = None
+            else:
+                with self._text_at_work() as text:
+                    self._nulls[mode] = encode_null(text, mode)
+        return self._nulls[mode]
+
+    def free_text(self) -> None:
+        """Free the text encoder's memory; from now on prompts come as `text_embeddings`. The null caption is kept."""
+        if self.text is not None:
+            if self.card.text.null != "buffer":
+                self.null_caption(self.card.text.null)
+            self.text.close()
+            self.text = None
+
+    @contextmanager
+    def _text_at_work(self) -> Iterator[TextEncoder]:
+        """The text encoder, on the model's device while it is needed."""
         if self.text is None:
-            raise InputError("this pipeline has no text encoder")
-        states, mask = self.text.encode(prompts, truncate=truncate)
-        captions = [row[:length] for row, length in zip(states, mask.sum(1).tolist(), strict=True)]
-        return captions, encode_null(self.text)
+            raise InputError("this pipeline has no text encoder: it was freed or not loaded; give text_embeddings")
+        if not self.offload_text:
+            yield self.text
+            return
+        self.text.to(next(self.model.parameters()).device)
+        try:
+            yield self.text
+        finally:
+            self.text.to("cpu")
+
+    def _encode(self, prompts: Sequence[str], truncate: bool, batch_size: int) -> list[Tensor]:
+        """Prompts → states (L_i, C) of their real tokens; equal prompts are encoded once."""
+        texts = list(dict.fromkeys(prompts))
+        states: dict[str, Tensor] = {}
+        with self._text_at_work() as text:
+            for start in range(0, len(texts), batch_size):
+                part = texts[start : start + batch_size]
+                states.update(zip(part, _real_tokens(*text.encode(part, truncate=truncate)), strict=True))
+        return [states[prompt] for prompt in prompts]
+
+    def _given(self, embeddings: Embeddings) -> list[Tensor]:
+        """Text embeddings from the caller → states (L_i, C) of their real tokens."""
+        states, mask = embeddings
+        channels = self.card.model.caption_channels
+        if states.ndim != 3 or states.shape[-1] != channels or mask.shape != states.shape[:2]:
+            raise InputError(
+                f"text_embeddings: got states {tuple(states.shape)} and mask {tuple(mask.shape)}, expected "
+                f"(B, L, {channels}) and (B, L)"
+            )
+        return _real_tokens(states, mask)
+
+    def _sample(
+        self, part: range, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None,
+        seeds: list[int], config: SampleConfig, size: Size, callback: StepCallback | None, bar: tqdm,
+    ) -> Tensor:  # fmt: skip
+        """One batch, the pictures `part` of all."""
+
+        def after_step(step: int, x: Tensor) -> None:
+            bar.update()
+            if callback is not None:
+                callback(part, step, x)
+
+        rows = slice(part.start, part.stop)
+        return sample_latents(
+            self.model, card, captions[rows], nulls[rows] if isinstance(nulls, list) else nulls, seeds[rows], config,
+            height=size[0] // self.autoencoder.downsample, width=size[1] // self.autoencoder.downsample,
+            callback=after_step,
+        )  # fmt: skip
+
+    def _finish(self, latents: Tensor, size: Size, output: str) -> Tensor | list[Image.Image]:
+        if output == "latent":
+            return latents
+        pixels = resize_and_crop(self.autoencoder.decode(latents), size)
+        return pixels if output == "pixels" else to_images(pixels)
 
 
-def encode_null(text: TextEncoder) -> Tensor | None:
-    """The null caption of a model (L, C), as its card's `text.null` says.
+def fetch_parts(source: str | Path, revision: str | None, *, text: bool, vae: bool) -> None:
+    """Download what a pipeline on the Hub has beside its transformer, so that it is found there."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(/transformer)?", str(source))
+    if Path(source).exists() or not match:
+        return
+    from huggingface_hub import snapshot_download
 
-    "buffer": None, it is the model's own; "empty": the empty text padded to the model's length, to be taken under the
-    prompt's mask; "empty_own_mask": the empty text's real tokens.
-    """
-    if text.config.null == "buffer":
-        return None
-    states, mask = text.encode([""], padding="max_length")
-    return states[0] if text.config.null == "empty" else states[0][mask[0].bool()]
+    patterns = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"] if vae else []
+    patterns += ["text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"] if text else []
+    with suppress(OSError, ValueError):  # unreachable and not cached: what then is missing says so when it is loaded
+        snapshot_download(match[1], revision=revision, allow_patterns=patterns)
 
 
 def save_samples(
@@ -190,28 +286,103 @@ def save_samples(
     *,
     seed: int = 0,
     count: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    sizes: Literal["exact", "official"] = "exact",
+    negative_prompt: str | None = None,
+    truncate: bool = False,
     **options,
 ) -> list[Path]:
     """Draw `count` pictures of each prompt, with seeds from `seed` on, into PNGs and a contact sheet in `folder`.
 
-    A PNG's text chunks hold prompt, seed, sampler, steps and guidance. `options` are those of `Pipeline.__call__`.
+    A prompt may end in `--ar h:w` or `--hw height:width`, which goes before the arguments. A PNG's text chunks hold
+    prompt, seed, sampler, steps and guidance. `options` are further ones of `Pipeline.__call__`.
     """
-    config = config or pipeline.card.sample
     if count < 1 or not prompts:
         raise InputError(f"got {len(prompts)} prompts and count {count}, expected at least one of each")
-    name, steps = resolve(config, make_schedule(pipeline.card.diffusion))
-    jobs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
-    images = pipeline([prompt for prompt, _ in jobs], [number for _, number in jobs], config, **options)
+    config = resolve(config or pipeline.card.sample, make_schedule(pipeline.card.diffusion))
+    parsed = [split_prompt(prompt) for prompt in prompts]
+    texts = [text for text, _ in parsed]
+    wanted = [size or {"height": height, "width": width} for _, size in parsed]
+    for size in wanted:  # the last prompt's fault must not cost the others' pictures
+        choose_size(pipeline.card, **size, sizes=sizes)
+    if pipeline.text is not None and not truncate:
+        pipeline.text.check_lengths(texts)
+    images: dict[int, list[Image.Image]] = {}
+    while left := [i for i in range(len(texts)) if i not in images]:
+        rows = [i for i in left if wanted[i] == wanted[left[0]]]  # a call draws one size
+        made = pipeline(
+            [texts[i] for i in rows], seed, config, **wanted[left[0]], sizes=sizes, negative_prompts=negative_prompt,
+            images_per_prompt=count, truncate=truncate, **options,
+        )  # fmt: skip
+        images |= {i: made[n * count : (n + 1) * count] for n, i in enumerate(rows)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(text, seed + n, images[i][n]) for i, text in enumerate(texts) for n in range(count)]
+    settings = {"sampler": config.sampler, "steps": config.steps, "guidance": config.guidance}
+    if negative_prompt is not None:
+        settings["negative_prompt"] = negative_prompt
     paths = []
-    for i, ((prompt, number), image) in enumerate(zip(jobs, images, strict=True)):
+    for i, (text, number, image) in enumerate(jobs):
         info = PngInfo()
-        for key, value in {"prompt": prompt, "seed": number, "sampler": name, "steps": steps,
-                           "guidance": config.guidance}.items():  # fmt: skip
+        for key, value in {"prompt": text, "seed": number, **settings}.items():
             info.add_itxt(key, str(value))
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:40]
+        words = re.sub(r"[^\w]+", "-", text).strip("-")[:40]
         paths.append(folder / f"{i:03d}_{words}_seed{number}.png")
         image.save(paths[-1], pnginfo=info)
-    contact_sheet([[image] for image in images], [prompt for prompt, _ in jobs]).save(folder / "contact_sheet.png")
+    contact_sheet([[image] for *_, image in jobs], [text for text, *_ in jobs]).save(folder / "contact_sheet.png")
     return paths
+
+
+def _one_each(seeds: int | Sequence[int], count: int, each: int) -> list[int]:
+    """A seed for every picture."""
+    if not count:
+        raise InputError("got no prompt, expected at least one")
+    if isinstance(seeds, int):
+        return [seeds + i for _ in range(count) for i in range(each)]
+    if len(seeds) != count * each:
+        raise InputError(f"got {len(seeds)} seeds, expected one for each of {count * each} pictures, or a number")
+    return list(seeds)
+
+
+def _negatives(
+    prompts: str | Sequence[str] | None, count: int, null: str | None, guidance: float
+) -> Sequence[str] | None:
+    """A negative prompt for each of `count` prompts, if there are any."""
+    if prompts is None:
+        return None
+    if null is not None or guidance == 1:
+        other = f"null '{null}'" if null is not None else "guidance 1, which is off,"
+        raise InputError(f"negative_prompts stand in the null caption's place: {other} leaves none for them")
+    prompts = [prompts] * count if isinstance(prompts, str) else prompts
+    if len(prompts) != count:
+        raise InputError(f"got {count} prompts and {len(prompts)} negative ones, expected one or as many")
+    return prompts
+
+
+def _real_tokens(states: Tensor, mask: Tensor) -> list[Tensor]:
+    return [row[kept.bool()] for row, kept in zip(states, mask, strict=True)]
+
+
+def _check_width(text: TextEncoder, card: ModelCard) -> None:
+    if text.width != card.model.caption_channels:
+        raise InputError(
+            f"text encoder '{card.text.model}' has states of width {text.width}, the model takes captions of width "
+            f"{card.model.caption_channels}; give the encoder that it was trained with"
+        )
+
+
+@contextmanager
+def _part(kind: str, option: str, source: str | Path, given: str | Path | None, named: str) -> Iterator[None]:
+    """Loading a part of a pipeline: an error says where it was looked for, and how to give another."""
+    try:
+        yield
+    except InputError as error:
+        if given is not None:
+            places = f"'{given}', as was given"
+        elif Path(named).exists():  # the source's own
+            places = f"'{named}'"
+        else:
+            places = f"{source} itself, which holds none, and '{named}'"
+        flag = "--" + option.replace("_", "-")
+        raise InputError(f"no {kind}: looked for {places}: {error}. Give another with {option}= or {flag}") from None

@@ -1,4 +1,4 @@
-"""Draw pictures: python scripts/sample.py --model MODEL "prompt" … MODEL is a model folder or a run."""
+"""Draw pictures: python scripts/sample.py --model MODEL "a cat" "a dog --ar 3:4" "a house --hw 768:1024" …"""
 
 import argparse
 
@@ -6,32 +6,43 @@ import torch
 
 from pixart import cli
 from pixart.config import override
+from pixart.model import PixArtConfig
 from pixart.pipeline import Pipeline, save_samples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prompts", nargs="*", help="one picture each (times --count)")
-    parser.add_argument("--model", required=True, help="model folder, or a run: its newest good checkpoint")
-    parser.add_argument("--prompt-file", help="file with one prompt a line")
+    parser.add_argument("prompts", nargs="*", help="one picture each (times --count); may end in --ar h:w or --hw h:w")
+    parser.add_argument("--model", required=True, help="run or model folder; released model: file, folder or Hub id")
+    for name, what in (("--prompt-file", "one prompt a line"), ("--negative", "negative prompt"), ("--vae", "another"),
+                       ("--text-encoder", "another"), ("--revision", "of a Hub id")):  # fmt: skip
+        parser.add_argument(name, help=what)
+    parser.add_argument("--null", choices=["buffer", "empty", "empty_own_mask"], help="another null caption")
     parser.add_argument("--out", default="samples", help="folder for the PNGs and the contact sheet")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture of a prompt; the next has the next")
+    parser.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the next has the next")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--raw", action="store_true", help="raw weights of a run, not the averaged ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--height", type=int, help="pixels; the model's native size by default")
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--quantize-text", choices=["8bit", "4bit"], help="hold the text encoder so (CUDA)")
+    for side in ("--height", "--width"):
+        parser.add_argument(side, type=int, help="pixels; the model's native size by default")
+    parser.add_argument("--sizes", default="exact", choices=["exact", "official"], help="official: resize and crop")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; changes no picture")
-    parser.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="as sampler=ddim steps=50 guidance=3")
+    parser.add_argument("--raw", action="store_true", help="raw weights of a run, not the averaged ones")
+    parser.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
+    parser.add_argument("--low-memory", action="store_true", help="text encoder on the CPU but to encode; VAE in tiles")
     a = parser.parse_args()
     prompts = a.prompts + (cli.read_prompts(a.prompt_file) if a.prompt_file else [])
-    pipeline = Pipeline.from_pretrained(a.model, ema=not a.raw, dtype=getattr(torch, a.dtype), device=a.device)
+    told, settings = cli.split_settings(a.set, PixArtConfig.__dataclass_fields__)
+    pipeline = Pipeline.from_pretrained(
+        a.model, text_encoder=a.text_encoder, vae=a.vae, ema=not a.raw, dtype=getattr(torch, a.dtype), device=a.device,
+        revision=a.revision, overrides=told, quantize_text=a.quantize_text, save_memory=a.low_memory,
+        offload_text=a.low_memory and not a.quantize_text)  # fmt: skip
     paths = save_samples(
-        pipeline, prompts, a.out, override(pipeline.card.sample, a.set), seed=a.seed, count=a.count,
-        height=a.height, width=a.width, batch_size=a.batch_size, truncate=a.truncate,
-    )  # fmt: skip
+        pipeline, prompts, a.out, override(pipeline.card.sample, settings), seed=a.seed, count=a.count, progress=True,
+        height=a.height, width=a.width, sizes=a.sizes, negative_prompt=a.negative, null=a.null, truncate=a.truncate,
+        batch_size=a.batch_size)  # fmt: skip
     print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and contact_sheet.png in {a.out}")
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from toy import relative, toy_network
 
 from pixart.diffusion import DiffusionConfig, diffusion_loss, guide, make_denoise, make_schedule
 from pixart.diffusion.losses import loss_weight, prediction_target, to_x0
@@ -12,6 +11,7 @@ from pixart.diffusion.samplers import ddim, dpm_solver, draw_noise, euler, flow_
 from pixart.diffusion.sampling import SampleConfig, resolve, sample
 from pixart.diffusion.schedule import DiscreteSchedule, FlowSchedule
 from pixart.errors import InputError
+from toy import relative, toy_network
 
 LINEAR, COSINE, FLOW = DiscreteSchedule.linear(), DiscreteSchedule.cosine(), FlowSchedule()
 PREDICTIONS = [(LINEAR, "epsilon"), (LINEAR, "v"), (COSINE, "x0"), (FLOW, "velocity"), (FLOW, "x0")]
@@ -272,7 +272,8 @@ def test_a_sampler_that_does_not_fit_is_refused(config, flow, match):
         lambda: make_denoise(lambda x, t: x[:, :2], LINEAR, DiffusionConfig())(draw(0), 5.0),
         lambda: diffusion_loss(FLOW, DiffusionConfig("flow", "velocity"), draw(0, (4, 6, 6, 6)), draw(0), draw(1),
                                torch.ones(4)),
-        lambda: diffusion_loss(LINEAR, DiffusionConfig(), draw(0, (4, 5, 6, 6)), draw(0), draw(1), torch.ones(4).long()),
+        lambda: diffusion_loss(LINEAR, DiffusionConfig(), draw(0, (4, 5, 6, 6)), draw(0), draw(1),
+                               torch.ones(4).long()),
     ],
 )  # fmt: skip
 def test_settings_without_meaning_are_refused(make):

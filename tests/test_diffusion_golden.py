@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import relative, toy_network
 
 from pixart.diffusion import DiffusionConfig, diffusion_loss, guide, make_denoise
 from pixart.diffusion.losses import variational_bound
 from pixart.diffusion.samplers import ddim_step, dpm_solver, iddpm_step, posterior
 from pixart.diffusion.schedule import DiscreteSchedule
+from toy import relative, toy_network
 
 GOLDEN = Path(__file__).parent / "golden"
 LINEAR = DiscreteSchedule.linear()
@@ -81,9 +81,7 @@ def test_single_steps_are_the_official_ones(steps, clip):
             f"{prefix}.p_sample.clip{clip:d}": iddpm_step(denoise, x, chain, i, noise, clip_x0=clip),
         }
         for eta in (0, 1):
-            made[f"{prefix}.ddim.clip{clip:d}.eta{eta}"] = ddim_step(
-                denoise, x, chain, i, noise, eta=eta, clip_x0=clip
-            )
+            made[f"{prefix}.ddim.clip{clip:d}.eta{eta}"] = ddim_step(denoise, x, chain, i, noise, eta=eta, clip_x0=clip)
         for name, value in made.items():
             results.setdefault(name, []).append(value)
     for name, parts in results.items():

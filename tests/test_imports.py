@@ -7,11 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "evaluate": 5, "train": 4, "pipeline": 3, "checkpoint": 2, "data": 2, "model": 1, "diffusion": 1,
+    "evaluate": 5, "train": 4, "pipeline": 3, "generate": 2.5, "checkpoint": 2, "data": 2, "model": 1, "diffusion": 1,
     "config": 0, "captions": 0, "buckets": 0, "cli": 0, "grid": 0, "errors": -1,
 }  # fmt: skip
 RUNTIME = {
-    "torch", "transformers", "safetensors", "einops", "timm", "accelerate", "yaml", "numpy", "PIL", "tqdm", "huggingface_hub",
+    "torch", "transformers", "safetensors", "einops", "timm", "accelerate", "yaml", "numpy", "PIL", "tqdm",
+    "huggingface_hub",
 }  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def imports_of(path: Path):
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def test_imports_only_go_down():

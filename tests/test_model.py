@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from toy import TINY, relative, tiny_inputs, tiny_model
 
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
 from pixart.model.embed import sinusoid
+from toy import TINY, relative, tiny_inputs, tiny_model
 
 
 @pytest.mark.parametrize(

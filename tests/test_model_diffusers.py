@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from toy import relative, tiny_inputs, tiny_model
 
 from pixart.diffusion import DiffusionConfig, make_denoise
 from pixart.diffusion.samplers import dpm_solver
 from pixart.diffusion.schedule import DiscreteSchedule
+from toy import relative, tiny_inputs, tiny_model
 
 diffusers = pytest.importorskip("diffusers", reason="the reference of these tests; extra: test")
 
@@ -27,7 +27,8 @@ def in_diffusers(model):
         "caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2",
     }  # fmt: skip
     for theirs_name, ours_name in {
-        "timestep_embedder": "t_embedder", "resolution_embedder": "csize_embedder", "aspect_ratio_embedder": "ar_embedder",
+        "timestep_embedder": "t_embedder", "resolution_embedder": "csize_embedder",
+        "aspect_ratio_embedder": "ar_embedder",
     }.items():  # fmt: skip
         for i, j in ((1, 0), (2, 2)):
             renamed[f"adaln_single.emb.{theirs_name}.linear_{i}"] = f"{ours_name}.mlp.{j}"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from toy import relative
 
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
+from toy import relative
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = {"hidden_size": 144, "depth": 2, "num_heads": 4, "caption_channels": 64, "caption_length": 12}
@@ -88,7 +88,9 @@ def test_an_official_position_table_is_checked_and_not_loaded():
     model.load_state_dict({**state, "pos_embed": state["pos_embed"].half()}, strict=True)
 
 
-@pytest.mark.parametrize(("change", "text"), [({"position_scale": 0.5}, "position_scale"), ({"latent_size": 64}, "shape")])
+@pytest.mark.parametrize(
+    ("change", "text"), [({"position_scale": 0.5}, "position_scale"), ({"latent_size": 64}, "shape")]
+)
 def test_a_position_table_of_another_model_is_refused(change, text):
     state = official_weights(load("model_alpha_256"))
     model = PixArt(PixArtConfig(**{**SIZE, **change}))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import relative
 
 from pixart.model.vae import AutoencoderKL, VaeAutoencoder, VaeConfig, blend_tiles
+from toy import relative
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart.config import build, to_dict
@@ -18,7 +18,7 @@ from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model.autoencoder import AutoencoderConfig
-from pixart.model.pixart import PixArt, PixArtConfig
+from pixart.model.pixart import PixArtConfig
 from pixart.model.text import TextConfig
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
@@ -49,32 +49,8 @@ def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
     (folder / CONFIG).write_text(json.dumps(to_dict(card), indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(
-    source: str | Path, *, ema: bool = True, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[PixArt, ModelCard]:
-    """Load a model folder, or a run's newest good checkpoint, in eval mode with the config it was saved with.
-
-    Args:
-        ema: of a run, the averaged weights rather than the raw ones.
-
-    Raises:
-        InputError: no model there, or weights and config do not belong together.
-    """
-    folder = find_model(Path(source), ema=ema)
-    card = read_card(folder)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
-    with torch.device("meta"):
-        model = PixArt(card.model)
-    check_state(model, state, str(folder / WEIGHTS))
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False), card
-
-
-def read_card(folder: Path) -> ModelCard:
-    path = folder / CONFIG
+def read_card(folder: Path, name: str = CONFIG) -> ModelCard:
+    path = folder / name
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,6 +65,12 @@ def check_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -
     """Compare names and shapes with the model's; one error that lists what differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if difference := compare_shapes(expected, found):
+        raise InputError(f"{source} does not fit the model of its config; {difference}")
+
+
+def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    """What differs between two sets of named shapes, "" if nothing."""
     parts = []
     if missing := sorted(set(expected) - set(found)):
         parts.append(f"missing: {_some(missing)}")
@@ -96,8 +78,7 @@ def check_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -
         parts.append(f"unknown: {_some(unknown)}")
     if wrong := [f"{n} {found[n]}, expected {expected[n]}" for n in expected if n in found and found[n] != expected[n]]:
         parts.append(f"of another shape: {_some(wrong)}")
-    if parts:
-        raise InputError(f"{source} does not fit the model of its config; " + "; ".join(parts))
+    return "; ".join(parts)
 
 
 def find_model(source: Path, *, ema: bool = True) -> Path:
@@ -144,8 +125,8 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Create `target` whole or not at all: filled under another name, hashed, synced, renamed.
+def write_folder(target: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
+    """Create `target` whole or not at all: filled under another name, hashed into its manifest, synced, renamed.
 
     Raises:
         OSError: the disk is full or not writable; nothing is left behind, `target` is as it was.
@@ -156,9 +137,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         partial.mkdir(parents=True)
         fill(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        digests = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
-        (partial / MANIFEST).write_text(json.dumps({"blake2b": digests}, indent=2) + "\n", encoding="utf-8")
-        for path in [*files, partial / MANIFEST, partial]:
+        if manifest:
+            digests = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
+            (partial / MANIFEST).write_text(json.dumps({"blake2b": digests}, indent=2) + "\n", encoding="utf-8")
+            files.append(partial / MANIFEST)
+        for path in [*files, partial]:
             _sync(path)
         if target.exists():
             shutil.rmtree(target)
@@ -166,6 +149,24 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Create the file `target` whole or not at all, as `write_folder` does.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind, `target` is as it was.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _sync(partial)
+        os.rename(partial, target)
+        _sync(target.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 

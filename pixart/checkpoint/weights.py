@@ -67,11 +67,16 @@ def read_payload(path: Path) -> Any:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
                 f"{path}: refused, since loading it would run code: its pickle calls {found[1]}. If you trust its "
-                "author, take the tensors out once, in an environment you can lose: python -c \"import torch; p = "
+                'author, take the tensors out once, in an environment you can lose: python -c "import torch; p = '
                 f"torch.load('{path}', map_location='cpu', weights_only=False); "
                 "torch.save({'state_dict': p['state_dict']}, 'weights.pth')\""
             ) from None
-        raise InputError(f"{path}: not a checkpoint, or a damaged one ({_one_line(error)})") from None
+        reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        reason = _one_line(reason.partition("Check the documentation")[0])  # which is on switching the protection off
+        raise InputError(
+            f"{path}: refused: damaged, or a pickle that torch.save did not write, which might run code ({reason}); "
+            "fetch it again, or have its author save the tensors by torch.save or safetensors"
+        ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: truncated or damaged ({path.stat().st_size:,} bytes; {_one_line(error)}); fetch it again"
@@ -79,7 +84,7 @@ def read_payload(path: Path) -> Any:
 
 
 def sniff(path: Path) -> str:
-    """"safetensors", "zip" (torch since 1.6) or "pickle" (before), by the first bytes.
+    """ "safetensors", "zip" (torch since 1.6) or "pickle" (before), by the first bytes.
 
     Raises:
         InputError: unreadable, or what a failed download leaves.
@@ -127,7 +132,7 @@ def find_state(payload: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
 
 
 def strip_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names as the network's own: without `module.`, `_orig_mod.`, `base_model.` and their like, wherever they stand."""
+    """Names as the network's own: without `module.`, `_orig_mod.`, `base_model.` and the like, wherever they stand."""
     stripped, origin = {}, {}
     for name, tensor in state.items():
         short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
@@ -148,8 +153,9 @@ def read_index(index: Path) -> tuple[Path, ...]:
         files = sorted(set(where.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: the index of the shards cannot be read ({_one_line(error)})") from None
-    if not files or (outside := [file for file in files if Path(file).name != file]):
-        raise InputError(f"{index}: expected names of files beside it, got {', '.join(outside) if files else 'none'}")
+    outside = [str(file) for file in files if not isinstance(file, str) or Path(file).name != file]
+    if not files or outside:
+        raise InputError(f"{index}: expected names of files beside it, got {', '.join(outside) or 'none'}")
     if missing := [file for file in files if not (index.parent / file).is_file()]:
         raise InputError(f"{index}: shard {', '.join(missing)} is missing ({len(files)} shards named); fetch it")
     for file in files:
@@ -159,5 +165,5 @@ def read_index(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / file for file in files)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:160]

@@ -42,7 +42,7 @@ def iddpm(
     for i in reversed(range(steps)):
         noise = draw_noise(generators, x.shape[1:], x.device) if i else None
         x = iddpm_step(denoise, x, chain, i, noise, clip_x0=clip_x0)
-        _report(callback, steps - 1 - i, x)
+        report(callback, steps - 1 - i, x)
     return x
 
 
@@ -86,7 +86,7 @@ def ddim(
     for i in reversed(range(steps)):
         noise = draw_noise(generators, x.shape[1:], x.device) if eta and i else None
         x = ddim_step(denoise, x, chain, i, noise, eta=eta, clip_x0=clip_x0)
-        _report(callback, steps - 1 - i, x)
+        report(callback, steps - 1 - i, x)
     return x
 
 
@@ -148,7 +148,7 @@ def dpm_solver(
             phi3 = phi2 / h - 0.5
             x_next = x_next + alphas[i + 1] * (phi2 * slope - phi3 * curve)
         x = x_next
-        _report(callback, i, x)
+        report(callback, i, x)
     return x
 
 
@@ -174,7 +174,7 @@ def euler(
     for i in range(steps):
         prediction = denoise(x, times[i])
         x = x + (times[i + 1] - times[i]) / TRAIN_STEPS * (prediction.eps - prediction.x0)
-        _report(callback, i, x)
+        report(callback, i, x)
     return x
 
 
@@ -197,7 +197,7 @@ def heun(
             prediction = denoise(x + step * velocity, times[i + 1])
             velocity = (velocity + prediction.eps - prediction.x0) / 2
         x = x + step * velocity
-        _report(callback, i, x)
+        report(callback, i, x)
     return x
 
 
@@ -207,6 +207,7 @@ def _respaced(schedule: DiscreteSchedule, steps: int) -> DiscreteSchedule:
     return schedule.respace(steps)
 
 
-def _report(callback: Callback | None, step: int, x: Tensor) -> None:
+def report(callback: Callback | None, step: int, x: Tensor) -> None:
+    """Call a callback, if there is one."""
     if callback is not None:
         callback(step, x)

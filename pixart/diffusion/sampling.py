@@ -1,14 +1,15 @@
 """One record of sampling settings, and the one place where a sampler is chosen by name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixart.diffusion import samplers
+from pixart.diffusion import distilled, samplers
 from pixart.diffusion.guidance import Denoise
+from pixart.diffusion.sa_solver import sa_solver
 from pixart.diffusion.schedule import FlowSchedule, Schedule
 from pixart.errors import InputError
 
@@ -17,25 +18,31 @@ from pixart.errors import InputError
 class SampleConfig:
     """How to sample; a model carries its own as a recommendation. Options that a sampler lacks keep their defaults."""
 
-    sampler: Literal["auto", "dpm_solver", "iddpm", "ddim", "euler", "heun"] = "auto"  # heun for flow, else dpm_solver
+    # auto: heun for flow, else dpm_solver. lcm and dmd are for models that were distilled for them
+    sampler: Literal["auto", "dpm_solver", "iddpm", "ddim", "sa_solver", "lcm", "dmd", "euler", "heun"] = "auto"
     steps: int | None = None  # the sampler's default
-    guidance: float = 4.5  # 1 switches it off
+    guidance: float | None = None  # the sampler's default: 4.5, and 1, which is off, for lcm and dmd
     guidance_low: float = 0.0  # times at which to guide
     guidance_high: float = 1000.0
     rescale: float = 0.0  # of the guided contrast, 0 … 1
     order: Literal[1, 2, 3] = 2  # dpm_solver
     ending: Literal["sigma", "alpha"] = "sigma"  # dpm_solver
     eta: float = 0.0  # ddim
+    tau: float = 1.0  # sa_solver: noise added on the way, 0 is none
     clip_x0: bool = False  # iddpm and ddim, for models of pixels
     shift: float = 1.0  # euler and heun
 
     def __post_init__(self):
         if self.steps is not None and self.steps < 1:
             raise InputError(f"sample.steps: got {self.steps}, expected at least 1")
-        if not 0 <= self.rescale <= 1 or self.guidance_low > self.guidance_high or self.shift <= 0 or self.eta < 0:
+        if not 0 <= self.rescale <= 1 or self.guidance_low > self.guidance_high:
             raise InputError(
-                "sample: expected rescale in [0, 1], guidance_low ≤ guidance_high, shift > 0 and eta ≥ 0, got "
-                f"{self.rescale}, {self.guidance_low}, {self.guidance_high}, {self.shift} and {self.eta}"
+                "sample: expected rescale in [0, 1] and guidance_low ≤ guidance_high, got "
+                f"{self.rescale}, {self.guidance_low} and {self.guidance_high}"
+            )
+        if self.shift <= 0 or self.eta < 0 or self.tau < 0:
+            raise InputError(
+                f"sample: expected shift > 0, eta ≥ 0 and tau ≥ 0, got {self.shift}, {self.eta} and {self.tau}"
             )
 
 
@@ -45,21 +52,26 @@ class _Sampler:
     steps: int  # the default
     options: tuple[str, ...]
     draws: bool = False  # takes a generator per picture
+    distilled: bool = False  # guidance is in the weights
 
 
 _SAMPLERS = {
     "dpm_solver": _Sampler(samplers.dpm_solver, 20, ("order", "ending")),
     "iddpm": _Sampler(samplers.iddpm, 100, ("clip_x0",), draws=True),
     "ddim": _Sampler(samplers.ddim, 50, ("eta", "clip_x0"), draws=True),
+    "sa_solver": _Sampler(sa_solver, 25, ("tau",), draws=True),
+    "lcm": _Sampler(distilled.lcm, 4, (), draws=True, distilled=True),
+    "dmd": _Sampler(distilled.dmd, 1, (), distilled=True),
     "euler": _Sampler(samplers.euler, 30, ("shift",)),
     "heun": _Sampler(samplers.heun, 15, ("shift",)),
 }
 _FOR_FLOW = ("euler", "heun")
+GUIDANCE = 4.5  # of the released models
 _OPTIONS = sorted({option for sampler in _SAMPLERS.values() for option in sampler.options})
 
 
-def resolve(config: SampleConfig, schedule: Schedule) -> tuple[str, int]:
-    """The sampler's name and steps for a schedule.
+def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
+    """The config with sampler, steps and guidance filled in for a schedule.
 
     Raises:
         InputError: the sampler does not fit the schedule, or lacks an option that is set.
@@ -72,7 +84,10 @@ def resolve(config: SampleConfig, schedule: Schedule) -> tuple[str, int]:
     for option in _OPTIONS:
         if option not in _SAMPLERS[name].options and getattr(config, option) != getattr(SampleConfig, option):
             raise InputError(f"sampler '{name}' has no option '{option}'")
-    return name, config.steps or _SAMPLERS[name].steps
+    guidance = config.guidance if config.guidance is not None else 1.0 if _SAMPLERS[name].distilled else GUIDANCE
+    if _SAMPLERS[name].distilled and guidance != 1:
+        raise InputError(f"sampler '{name}' is for models with guidance in their weights: got {guidance}, set it to 1")
+    return replace(config, sampler=name, steps=config.steps or _SAMPLERS[name].steps, guidance=guidance)
 
 
 def sample(
@@ -84,9 +99,9 @@ def sample(
     callback: samplers.Callback | None = None,
 ) -> Tensor:
     """From start noise (B, C, H, W) to scaled latents, by the config's sampler; a generator per picture."""
-    name, steps = resolve(config, schedule)
-    sampler = _SAMPLERS[name]
+    config = resolve(config, schedule)
+    sampler = _SAMPLERS[config.sampler]
     options = {option: getattr(config, option) for option in sampler.options}
     if sampler.draws:
         options["generators"] = generators
-    return sampler.function(denoise, x, schedule, steps, callback=callback, **options)
+    return sampler.function(denoise, x, schedule, config.steps, callback=callback, **options)

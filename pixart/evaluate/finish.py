@@ -19,7 +19,7 @@ def finish(config: TrainConfig, result: RunResult) -> str:
         pipeline = Pipeline.from_pretrained(result.run)
         credit = ATTRIBUTION if config.data.prepare == "openmoji" else ""
         score = retrieval(pipeline, result.data.train, result.run, config.sample, seed=config.seed, credit=credit)
-        lines += [f"picture: {score.sheet} (training image above, sample below; ✗ marks a miss)", str(score)]
+        lines += [f"picture: {score.sheet} (training image above, sample below; a red caption is a miss)", str(score)]
         lines += [credit] * bool(credit)
     lines.append(f'sample more: python scripts/sample.py --model {result.run} "{prompt}"')
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from pixart.pipeline import Pipeline
 class Retrieval:
     top1: float
     count: int
-    sheet: Path  # every training picture with its sample below
+    sheet: Path  # every training picture with its sample below; a miss has a red caption
 
     def __str__(self) -> str:
         return f"top-1 {100 * self.top1:.1f} % of {self.count} captions"
@@ -47,8 +47,9 @@ def retrieval(
     hits = [i == index for i, index in enumerate(nearest)]
     sheet = contact_sheet(
         list(zip(originals, samples, strict=True)),
-        [caption if hit else f"✗ {caption}" for caption, hit in zip(captions, hits, strict=True)],
+        captions,
         columns=max(1, round((2.3 * len(records)) ** 0.5)),
+        red=[i for i, hit in enumerate(hits) if not hit],
     )
     path = folder / "retrieval.png"
     sheet.info["Comment"] = credit

@@ -56,6 +56,9 @@ class Autoencoder(Protocol):
     def to(self, device: torch.device | str) -> "Autoencoder":
         """Move it, in place."""
 
+    def save_memory(self) -> "Autoencoder":
+        """Trade speed for memory from now on: pictures one by one, large ones in tiles."""
+
 
 class IdentityAutoencoder:
     """For models that denoise pixels: latents are the pixels."""
@@ -70,6 +73,9 @@ class IdentityAutoencoder:
         return latents
 
     def to(self, device: torch.device | str) -> "IdentityAutoencoder":
+        return self
+
+    def save_memory(self) -> "IdentityAutoencoder":
         return self
 
 

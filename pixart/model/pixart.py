@@ -121,7 +121,8 @@ class PixArt(nn.Module):
             for i in range(config.depth)
         )  # fmt: skip
         self.final_layer = FinalLayer(dim, config.patch_size**2 * config.out_channels)
-        self.initialize_weights()
+        if not self.x_embedder.proj.weight.is_meta:  # to be loaded into: nothing to initialise
+            self.initialize_weights()
         self.register_load_state_dict_pre_hook(_take_out_positions)
 
     @torch.no_grad()

@@ -23,7 +23,9 @@ from pixart.errors import InputError, missing_extra
 class TextConfig:
     """Which encoder a model's captions come from; stored with every model."""
 
-    model: str = "DeepFloyd/t5-v1_1-xxl"  # a folder, a Hub id, or pip:PACKAGE for weights inside an installed package
+    # a folder with an encoder and its tokenizer, a pipeline folder of diffusers, a Hub id, or pip:PACKAGE for weights
+    # inside an installed package
+    model: str = "DeepFloyd/t5-v1_1-xxl"
     length: int = 120  # longest caption in tokens; longer ones are cut in training, refused in sampling
     clean: bool = True  # α's cleaning; Σ has none
     # the unconditional branch: "buffer" is the model's own null caption under the prompt's mask (α's authors), "empty"
@@ -44,10 +46,17 @@ class TextEncoder:
         self.config = config
 
     @classmethod
-    def load(cls, config: TextConfig, *, dtype: torch.dtype = torch.float32, device="cpu") -> "TextEncoder":
+    def load(
+        cls, config: TextConfig, *, dtype: torch.dtype = torch.float32, device="cpu",
+        quantize: Literal["8bit", "4bit"] | None = None,
+    ) -> "TextEncoder":  # fmt: skip
         """Load encoder and tokenizer of `config.model`.
 
         In fp16 the layers that T5 overflows in ("wo") stay in fp32; bf16 needs no such care.
+
+        Args:
+            quantize: hold the linear layers' weights in 8 bits (arXiv 2208.07339) or 4 (NF4, arXiv 2305.14314), by
+                bitsandbytes on CUDA; states are computed in `dtype`. Such an encoder stays on its device.
 
         Raises:
             InputError: the model is not there or not whole, its tokenizer needs a package that is not installed, or
@@ -56,12 +65,13 @@ class TextEncoder:
         import transformers
         from safetensors import SafetensorError
 
-        source, name = find_text_model(config.model), f"text encoder '{config.model}'"
+        (source, pieces), name = find_text_parts(config.model), f"text encoder '{config.model}'"
+        options = {} if quantize is None else _quantization(quantize, dtype, torch.device(device))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 shape = transformers.AutoConfig.from_pretrained(source).get_text_config()
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
+                tokenizer = transformers.AutoTokenizer.from_pretrained(pieces, padding_side="right")
                 # transformers makes a tokenizer of special tokens alone where the files of one are missing
                 if not shape.vocab_size / 2 <= len(tokenizer) <= shape.vocab_size:
                     raise InputError(
@@ -72,7 +82,7 @@ class TextEncoder:
                 if longest is not None and config.length > longest:
                     raise InputError(f"text.length: got {config.length}, but '{config.model}' takes at most {longest}")
                 model, report = transformers.AutoModelForTextEncoding.from_pretrained(
-                    source, dtype=dtype, output_loading_info=True
+                    source, dtype=dtype, output_loading_info=True, **options
                 )
         except InputError:
             raise
@@ -91,7 +101,7 @@ class TextEncoder:
         if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise InputError(f"{name}: its weights lack {some}; the files are not whole")
-        return cls(tokenizer, model.to(device), config)
+        return cls(tokenizer, model if quantize else model.to(device), config)
 
     @property
     def width(self) -> int:
@@ -106,31 +116,46 @@ class TextEncoder:
         """Tokens of each caption, special ones included, before any cut."""
         return [len(ids) for ids in self._tokenize(captions, truncation=False)["input_ids"]]
 
+    def check_lengths(self, captions: Sequence[str]) -> None:
+        """Refuse captions of more than `config.length` tokens."""
+        for caption, count in zip(captions, self.count_tokens(captions), strict=True):
+            if count > self.config.length:
+                raise InputError(
+                    f"the prompt '{caption[:60]}…' has {count} tokens, the model takes {self.config.length}; "
+                    "shorten it, or pass truncate to cut it"
+                )
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Move it, in place."""
+        if getattr(self.model, "is_quantized", False):
+            raise InputError(
+                "a text encoder in 8 or 4 bits cannot be moved off its device; free it after encoding instead"
+            )
+        self.model.to(device)
+        return self
+
     @torch.no_grad()
     def encode(
-        self, captions: Sequence[str], *, truncate: bool = False, padding: Literal["longest", "max_length"] = "longest"
-    ) -> tuple[Tensor, Tensor]:
+        self, captions: Sequence[str], *, truncate: bool = False, padding: Literal["longest", "max_length"] = "longest",
+        keep_padding: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Captions → states (B, L, C) in the encoder's dtype and mask (B, L), int64, 1 = a token.
 
-        L is the longest caption's, or `config.length` with padding "max_length"; states under the mask's zeros are 0.
+        L is the longest caption's, or `config.length` with padding "max_length"; states under the mask's zeros are 0,
+        or with `keep_padding` what the encoder makes of padding.
 
         Raises:
             InputError: a caption is longer than `config.length` tokens and `truncate` is off.
         """
         length = self.config.length
         if not truncate:
-            for caption, count in zip(captions, self.count_tokens(captions), strict=True):
-                if count > length:
-                    raise InputError(
-                        f"the prompt '{caption[:60]}…' has {count} tokens, the model takes {length}; "
-                        "shorten it, or pass truncate to cut it"
-                    )
+            self.check_lengths(captions)
         batch = self._tokenize(
             captions, truncation=True, max_length=length, padding=padding, return_tensors="pt"
         ).to(self.device)  # fmt: skip
         mask = batch["attention_mask"]
         states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        return states * mask[..., None].to(states.dtype), mask
+        return states if keep_padding else states * mask[..., None].to(states.dtype), mask
 
     def close(self) -> None:
         """Free the encoder's memory; the tokenizer stays."""
@@ -161,6 +186,37 @@ def find_text_model(name: str) -> str:
     if not folders:
         raise InputError(f"text encoder '{name}': no folder with config.json and tokenizer.json in {root}")
     return str(folders[0])
+
+
+def find_text_parts(name: str) -> tuple[str, str]:
+    """Where encoder and tokenizer of a `TextConfig.model` are: together, but in a pipeline folder of diffusers."""
+    source = find_text_model(name)
+    folder = Path(source)
+    if (folder / "text_encoder" / "config.json").is_file():
+        folder = folder / "text_encoder"
+    alone = folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "spiece.model"))
+    if alone and folder.name == "text_encoder" and (folder.parent / "tokenizer").is_dir():
+        return str(folder), str(folder.parent / "tokenizer")
+    return (str(folder), str(folder)) if folder.is_dir() else (source, source)
+
+
+def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> dict:
+    """transformers' options for loading in 8 or 4 bits onto a device."""
+    if quantize not in ("8bit", "4bit"):
+        raise InputError(f"quantize: got '{quantize}', expected 8bit or 4bit")
+    if not _is_installed("bitsandbytes"):
+        raise missing_extra("bitsandbytes", "quantize", f"a text encoder in {quantize[0]} bits")
+    if device.type != "cuda" or not torch.cuda.is_available():
+        have = "" if torch.cuda.is_available() else ", and there is no CUDA device here"
+        raise InputError(f"a text encoder in {quantize[0]} bits runs on CUDA: got device '{device}'{have}")
+    from transformers import BitsAndBytesConfig
+
+    how = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if quantize == "8bit"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def _is_installed(module: str) -> bool:

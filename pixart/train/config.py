@@ -87,6 +87,7 @@ class TrainConfig:
     resume: Literal["auto", "never"] = (
         "auto"  # go on from the newest good checkpoint in `output`, or demand a new folder
     )
+    init_from: str | None = None  # weights a new run starts from: anything `load_model` takes, or a DiT
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)

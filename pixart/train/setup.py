@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from pixart.buckets import bucket_table
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
+from pixart.checkpoint.start import start_from
 from pixart.config import dump_yaml, load_config, to_dict
 from pixart.data.batches import BucketBatches
 from pixart.data.dataset import Captions, ImageDataset, collate, encode_captions
@@ -73,7 +74,7 @@ def start(config: TrainConfig) -> Session:
     run, checkpoint = open_run(config, accelerator)
     data = load_data(config, accelerator)
     accelerator.print(data.report)
-    state = build_state(config, accelerator, data.null)
+    state = build_state(config, accelerator, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
         load_checkpoint(state, checkpoint)
         accelerator.print(f"going on from {checkpoint}")
@@ -190,10 +191,12 @@ def check_shapes(config: TrainConfig) -> None:
         )
 
 
-def build_state(config: TrainConfig, accelerator: Accelerator, null: Tensor | None) -> TrainState:
-    """Model, EMA and optimizer at step 0, the same in every process."""
+def build_state(config: TrainConfig, accelerator: Accelerator, null: Tensor | None, *, fresh: bool) -> TrainState:
+    """Model, EMA and optimizer at step 0, the same in every process; a `fresh` run starts as `init_from` says."""
     torch.manual_seed(config.seed)
     model = PixArt(config.model)
+    if fresh and config.init_from is not None:
+        accelerator.print("\n".join([f"starting from {config.init_from}", *start_from(model, config.init_from)]))
     if null is not None:
         model.y_embedder.y_embedding[: len(null)] = null.float()
     model.to(accelerator.device)

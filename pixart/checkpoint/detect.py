@@ -1,0 +1,221 @@
+"""Which PixArt a file holds, read off names, shapes and the stored position table; never off a file's name."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
+from pixart.config import build, to_dict
+from pixart.errors import InputError
+from pixart.model.embed import grid_positions
+from pixart.model.pixart import PRESETS, PixArtConfig
+
+Format = Literal["official", "diffusers"]
+SIGMA_LENGTH = 300  # tokens of PixArt-Σ's captions; α has 120
+POSITIONS = {"official": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # checked where stored, never a weight
+# all that a file may lack; what it may have besides is its position table
+MAY_LACK: dict[Format, tuple[str, ...]] = {"official": (NULL_CAPTION,), "diffusers": (NULL_CAPTION,)}
+
+_HEADS = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
+_SCALES = {preset.latent_size: preset.position_scale for preset in PRESETS.values() if preset != PRESETS["sigma-256"]}
+# (pattern of a name, what it is a sign of)
+_CAUSES = (
+    (r"(^|\.)controlnet", "this is a ControlNet checkpoint (PixArt-δ), not its base model; load that"),
+    (r"lora_|\.lora\.|\.dora_", "this file holds LoRA matrices; load their base model, and merge them into it first"),
+    (r"adaLN_modulation", "this is DiT, not PixArt: use init_from in a training config to start from it"),
+    (r"(^|\.)(down_blocks\..*attentions\..*attn2|input_blocks\.|time_embed)", "this is the UNet of Stable Diffusion"),
+    (r"(^|\.)(encoder|decoder)\.(down_blocks|up_blocks|conv_in|down\.|up\.)",
+     "this is a VAE, not a PixArt: give it as vae.source, or --vae"),
+    (r"encoder\.block\.\d+\.layer|^shared\.weight$", "this is a T5 text encoder, not a PixArt: give it as text.model"),
+    (r"joint_|double_blocks|single_blocks", "this is another kind of transformer (SD3, FLUX), not a PixArt"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the tensors themselves say: the format and the fields of `PixArtConfig` they determine."""
+
+    format: Format
+    fields: dict[str, Any]
+    has_null: bool
+
+
+def cause(names: Mapping[str, Any] | set[str]) -> str | None:
+    """What a set of names is a sign of, if not of a PixArt."""
+    return next((text for sign, text in _CAUSES if any(re.search(sign, name) for name in names)), None)
+
+
+def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
+    """Read format and network off a file's tensors; of their values only the position table's are looked at.
+
+    Raises:
+        InputError: no PixArt; names the likely kind.
+    """
+    kind: Format | None = None
+    if any(name.startswith("blocks.0.cross_attn.") for name in state):
+        kind = "official"
+    elif all(any(name.startswith(sign) for name in state) for sign in ("transformer_blocks.0.", "adaln_single.")):
+        kind = "diffusers"
+    if (why := cause(state)) or kind is None:
+        some = ", ".join(list(state)[:3])
+        raise InputError(f"{source}: {why or 'not a PixArt'}; its tensors are {some} and {max(len(state) - 3, 0)} more")
+
+    rename = {} if kind == "official" else {o: t[0] for o, t in diffusers_parts(1, micro_conditions=True).items()}
+
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        theirs = rename.get(name, name)
+        if theirs not in state:
+            raise InputError(f"{source}: {theirs} is missing; the file is not whole")
+        if state[theirs].ndim != ndim:
+            raise InputError(f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, expected {ndim} dimensions")
+        return tuple(state[theirs].shape)
+
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    out = shape("final_layer.linear.weight", 2)[0]
+    if out not in (channels * patch**2, 2 * channels * patch**2):
+        raise InputError(
+            f"{source}: the final layer has {out} rows, expected {channels * patch**2}, or twice that with variance, "
+            f"by the {channels} channels and patch {patch} of the first"
+        )
+    block = "blocks" if kind == "official" else "transformer_blocks"
+    found = {
+        "hidden_size": width,
+        "depth": 1 + max(int(m[1]) for name in state if (m := re.match(rf"{block}\.(\d+)\.", name))),
+        "mlp_ratio": shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
+        "patch_size": patch,
+        "in_channels": channels,
+        "learn_sigma": out == 2 * channels * patch**2,
+        "caption_channels": shape("y_embedder.y_proj.fc1.weight", 2)[1],
+        "micro_conditions": rename.get("csize_embedder.mlp.0.weight", "csize_embedder.mlp.0.weight") in state,
+        **_compression(state, source),
+    }
+    if NULL_CAPTION in state:
+        found["caption_length"] = shape(NULL_CAPTION, 2)[0]
+    if POSITIONS[kind] in state:
+        side, found["position_scale"] = solve_positions(state[POSITIONS[kind]], width, source)
+        found["latent_size"] = side * patch
+    return Evidence(kind, found, NULL_CAPTION in state)
+
+
+def _compression(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """KV compression and qk-norm, by their weights; picking tokens ("uniform") has none."""
+    found: dict[str, Any] = {"qk_norm": any(name.endswith("attn.q_norm.weight") for name in state)}
+    kernels = {
+        int(match[1]): tuple(tensor.shape)
+        for name, tensor in state.items()
+        if (match := re.fullmatch(r"blocks\.(\d+)\.attn\.sr\.weight", name))
+    }
+    if kernels:
+        ratios = {kernel[-1] for kernel in kernels.values()}
+        if len(ratios) > 1:
+            raise InputError(f"{source}: blocks compress keys by different ratios {sorted(ratios)}; one is supported")
+        found |= {"kv_compression": "conv", "kv_blocks": tuple(sorted(kernels)), "kv_ratio": ratios.pop()}
+    return found
+
+
+def solve_positions(table: Tensor, width: int, source: str) -> tuple[int, float]:
+    """Native tokens a side and position scale of a stored table (1, N, width).
+
+    Column 1 of row 0 is the sine and cosine of 1 / scale (frequency 1); the table of that scale must be the stored one.
+
+    Raises:
+        InputError: not a table of any scale.
+    """
+    side = math.isqrt(table.shape[-2]) if table.ndim == 3 else 0
+    if table.ndim != 3 or tuple(table.shape) != (1, side**2, width) or side < 2 or width % 4:
+        raise InputError(
+            f"{source}: pos_embed has shape {tuple(table.shape)}, expected (1, N, {width}) with N a square number"
+        )
+    table = table[0].float()
+    rounded = any(torch.equal(table, table.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16))
+    angle = math.atan2(table[1, 0], table[1, width // 4])
+    guess, best = 1 / angle if angle > 0 else math.nan, math.nan
+    if math.isfinite(guess):
+        # released scales are powers of two; a half-precision table tells its scale to three digits only
+        scales = (2.0 ** round(math.log2(guess)), *(float(f"{guess:.{digits}g}") for digits in (2, 3, 4, 6)), guess)
+        errors = []
+        for scale in scales:
+            computed = grid_positions(side, side, width, base=side, scale=scale)
+            errors.append((computed - table).abs().max().item())
+            if errors[-1] <= (1e-2 if rounded else 1e-5):
+                return side, scale
+        best = min(errors)
+    raise InputError(
+        f"{source}: pos_embed is not PixArt's table of {side} × {side} positions at any scale (nearest scale "
+        f"{guess:.4g}, off by {best:.3g}); another model's, or damaged"
+    )
+
+
+def complete(found: Evidence, told: dict[str, Any], overrides: dict[str, Any] | None, source: str) -> PixArtConfig:
+    """The network's config: what the tensors say, then the caller's overrides, then what the files beside told.
+
+    Raises:
+        InputError: an override contradicts the tensors, or a field is told by nothing; says what to pass.
+    """
+    overrides = overrides or {}
+    check_fields(overrides)
+    for name, value in overrides.items():
+        if name in found.fields and to_dict(found.fields[name]) != to_dict(value):
+            raise contradiction(source, "overrides say", name, value, found)
+    known = {**told, **overrides, **found.fields}
+    if "caption_length" not in known:
+        if not known["micro_conditions"]:
+            raise _ask(source, "caption_length", "no null caption: 120 for PixArt-α, 300 for PixArt-Σ", 120)
+        known["caption_length"] = PRESETS["alpha-1024"].caption_length  # Σ has no micro-conditions
+    if "latent_size" not in known:
+        if not known["micro_conditions"]:
+            sizes = "32 for 256 px, 64 for 512 px, 128 for 1024 px, 256 for 2K"
+            raise _ask(source, "latent_size", f"no position table, which tells the native size: {sizes}", 64)
+        known["latent_size"] = PRESETS["alpha-1024"].latent_size
+    if "num_heads" not in known:
+        if known["hidden_size"] not in _HEADS:
+            raise _ask(source, "num_heads", f"width {known['hidden_size']} is no preset's", 12)
+        known["num_heads"] = _HEADS[known["hidden_size"]]
+    if "position_scale" not in known:
+        known["position_scale"] = _position_scale(known, source)
+    return build(PixArtConfig, {f.name: known[f.name] for f in fields(PixArtConfig) if f.name in known})
+
+
+def check_fields(overrides: dict[str, Any]) -> None:
+    """Refuse names that `PixArtConfig` does not have."""
+    names = [f.name for f in fields(PixArtConfig)]
+    for name in overrides:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"overrides: unknown field '{name}'{hint} (there are {', '.join(names)})")
+
+
+def contradiction(source: str, who: str, name: str, value: Any, found: Evidence) -> InputError:
+    """The error for a value that is told of a file whose tensors say another."""
+    own = "position table" if name in ("latent_size", "position_scale") else "tensors"
+    return InputError(f"{source}: {who} {name} {value}; by the file's own {own} it is {found.fields[name]}")
+
+
+def is_sigma(config: PixArtConfig) -> bool:
+    """Whether a network is of PixArt-Σ's kind: its caption length, key compression, or a size that α never had."""
+    return not config.micro_conditions and (
+        config.caption_length == SIGMA_LENGTH or config.kv_compression is not None or config.latent_size >= 128
+    )
+
+
+def _position_scale(known: dict[str, Any], source: str) -> float:
+    """The released models' scale for a native size."""
+    size, length = known["latent_size"], known["caption_length"]
+    if size not in _SCALES:
+        raise _ask(source, "position_scale", f"no position table, and no released model has latent_size {size}", 1.0)
+    sigma_256 = PRESETS["sigma-256"]
+    return sigma_256.position_scale if (size, length) == (sigma_256.latent_size, SIGMA_LENGTH) else _SCALES[size]
+
+
+def _ask(source: str, name: str, why: str, example: Any) -> InputError:
+    return InputError(
+        f"{source}: the file cannot tell {name} ({why}); pass it, as overrides={{'{name}': {example}}} "
+        f"or --set {name}={example}"
+    )

@@ -1,0 +1,237 @@
+"""Any PixArt in circulation → our network and its card: `load_model(source)`. Strict, whatever the format.
+
+    locate (which files) → examine (which format and network) → plan (tensor by tensor) → read
+
+The network is built on the meta device and takes the files' memory-mapped pages as its weights. What must be copied
+(diffusers' shares of a matrix, another dtype or device) is copied in groups, and the pages behind it are let go.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixart.checkpoint.cards import implied_card, settings_fields
+from pixart.checkpoint.detect import MAY_LACK, POSITIONS, check_fields, complete, contradiction, examine, is_sigma
+from pixart.checkpoint.files import ModelCard, compare_shapes
+from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
+from pixart.checkpoint.locate import Found, locate
+from pixart.config import build, to_dict
+from pixart.errors import InputError
+from pixart.model.pixart import PixArt, PixArtConfig
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SETTLED = ("num_heads", "latent_size", "position_scale")  # what config.json and a card both tell
+GROUP_BYTES = 256 << 20  # copied between two maps of the file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model comes out of its files: our name of each tensor → the file's names of its shares of the rows."""
+
+    format: str  # ours, official or diffusers
+    card: ModelCard
+    model: PixArt  # on the meta device
+    parts: dict[str, tuple[str, ...]]
+    has_null: bool  # whether the file has a null caption; zeros stand for none
+
+
+def load_model(
+    source: str | Path,
+    *,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> PixArt:
+    """Load a PixArt in eval mode, from any format, with the config that its files tell.
+
+    Args:
+        source: an official .pth or training checkpoint, a transformer or pipeline folder of diffusers, one of its
+            files, a model or run of ours, or on the Hub owner/name, owner/name/subfolder or owner/name/file.pth.
+        ema: of a source with averaged and raw weights, the averaged ones.
+        dtype: the files' own by default, which must then be one.
+        device: the CPU by default, where the weights stay memory-mapped.
+        overrides: fields of `PixArtConfig` that a file cannot tell, as {"num_heads": 12}.
+        revision: of a Hub repository: a branch, tag or commit.
+
+    Raises:
+        InputError: nothing there, not a PixArt, or not whole; names files, tensors, shapes and the likely cause.
+    """
+    return load_with_card(
+        source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision
+    )[0]  # fmt: skip
+
+
+def load_with_card(
+    source: str | Path,
+    *,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[PixArt, ModelCard]:
+    """As `load_model`, with all that sampling needs besides: the source's own card, or what its variant implies."""
+    found = locate(source, ema=ema, revision=revision)
+    state = found.weights.read()
+    plan = make_plan(found, state, overrides)
+    if dtype is None:
+        check_one_dtype(state, plan, found.name)
+    loaded = dict(_take(found, state, plan, dtype, torch.device(device or "cpu")))
+    plan.model.load_state_dict(loaded, strict=True, assign=True)
+    return plan.model.eval().requires_grad_(False), plan.card
+
+
+def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] | None = None) -> Plan:
+    """Decide what the tensors are, and compare every name and shape with the network that they mean.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    if found.kind == "ours":
+        check_fields(overrides or {})
+        config = build(PixArtConfig, overrides or {}, where="overrides.", start=found.card.model)
+        plan = _plan("ours", replace(found.card, model=config), state)
+        what = "does not fit the model of its config"
+    else:
+        evidence = examine(state, found.name)
+        card = found.card or _card_inside(found)
+        if card is not None:
+            for name, value in evidence.fields.items():
+                if to_dict(getattr(card.model, name)) != to_dict(value):
+                    raise contradiction(found.name, "its card says", name, getattr(card.model, name), evidence)
+        told = settings_fields(found, evidence, overrides or {})
+        if card is not None:
+            if other := [name for name in told if name in _SETTLED and told[name] != getattr(card.model, name)]:
+                raise InputError(
+                    f"{found.name}: its config.json says {other[0]} {told[other[0]]}, its card "
+                    f"{getattr(card.model, other[0])}; one of the two was changed"
+                )
+            told = {field.name: getattr(card.model, field.name) for field in fields(PixArtConfig)}
+        config = complete(evidence, told, overrides, found.name)
+        card = replace(card, model=config) if card else implied_card(config, evidence, found)
+        plan = _plan(evidence.format, card, state)
+        what = f"is not a whole {'PixArt-Σ' if is_sigma(config) else 'PixArt'} in the {evidence.format} format"
+    if difference := compare_shapes(_expected(plan), _shapes(state)):
+        raise InputError(f"{found.name} {what}; {difference}")
+    return plan
+
+
+def check_one_dtype(state: dict[str, Tensor], plan: Plan, source: str) -> None:
+    """Refuse a file whose tensors differ in dtype, since which one was meant is not for us to say."""
+    used = {part: state[part].dtype for parts in plan.parts.values() for part in parts}
+    counts = Counter(used.values()).most_common()
+    if len(counts) > 1:
+        rarest = counts[-1][0]
+        names = [name for name, dtype in used.items() if dtype == rarest]
+        listed = ", ".join(f"{count} {_short(dtype)}" for dtype, count in counts)
+        raise InputError(
+            f"{source}: its tensors are of several dtypes ({listed}; {_short(rarest)} as {names[0]}); "
+            "choose one with dtype=torch.float32 or --dtype float32"
+        )
+
+
+def non_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has a NaN or infinity; by its sum first, which needs no second tensor."""
+    return not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all())
+
+
+def _plan(kind: str, card: ModelCard, state: dict[str, Tensor]) -> Plan:
+    with torch.device("meta"):
+        model = PixArt(card.model)
+    names = model.state_dict().keys()
+    if kind == "diffusers":
+        c = card.model
+        table = diffusers_parts(c.depth, micro_conditions=c.micro_conditions)
+        parts = {name: table.get(name, (name,)) for name in names}
+    else:
+        parts = {name: (name,) for name in names}
+    has_null = NULL_CAPTION in state
+    if not has_null and NULL_CAPTION in MAY_LACK.get(kind, ()):
+        del parts[NULL_CAPTION]
+    elif kind == "ours":  # where an absent one was written as zeros
+        has_null = has_null and bool(state[NULL_CAPTION].any())
+    return Plan(kind, card, model, parts, has_null)
+
+
+def _expected(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The file's names and shapes, if it holds the planned network."""
+    tensors = plan.model.state_dict()
+    expected = {}
+    for name, parts in plan.parts.items():
+        rows, *rest = tensors[name].shape
+        expected |= {part: (rows // len(parts), *rest) for part in parts}
+    return expected
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in POSITIONS.values()}
+
+
+def _card_inside(found: Found) -> ModelCard | None:
+    text = found.weights.card_text()
+    if text is None:
+        return None
+    try:
+        return build(ModelCard, json.loads(text), place=f"{found.name}: ")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{found.name}: its card cannot be read ({error})") from None
+
+
+def _take(
+    found: Found, state: dict[str, Tensor], plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the network: the mapped one where it serves as it is, else a copy."""
+    copied: list[list[str]] = [[]]
+    size = 0
+    for name, parts in plan.parts.items():
+        tensor = state[parts[0]]
+        if tensor.dtype not in _FLOATS:
+            raise InputError(
+                f"{found.name}: {parts[0]} holds {_short(tensor.dtype)}, expected {', '.join(map(_short, _FLOATS))}; "
+                "quantised weights are not supported"
+            )
+        if len(parts) == 1 and dtype in (None, tensor.dtype) and device.type == "cpu":
+            _check_finite(parts[0], tensor, found.name)
+            yield name, tensor
+            continue
+        if size > GROUP_BYTES:
+            copied.append([])
+            size = 0
+        copied[-1].append(name)
+        size += sum(state[part].nbytes for part in parts)
+    for group in filter(None, copied):
+        fresh = state
+        for name in group:
+            yield name, _copy(fresh, plan.parts[name], found.name, dtype, device)
+        del fresh
+    if NULL_CAPTION not in plan.parts:
+        config, like = plan.card.model, state[next(iter(plan.parts.values()))[0]]
+        shape = config.caption_length, config.caption_channels
+        yield NULL_CAPTION, torch.zeros(shape, dtype=dtype or like.dtype, device=device)
+
+
+def _copy(state: dict[str, Tensor], parts: tuple[str, ...], source: str, dtype, device) -> Tensor:
+    for part in parts:
+        _check_finite(part, state[part], source)
+    tensor = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
+    result = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=len(parts) == 1)
+    if result.dtype != tensor.dtype and non_finite(result):
+        raise InputError(f"{source}: {parts[0]} overflows in {_short(result.dtype)}; use bfloat16 or float32")
+    return result
+
+
+def _check_finite(name: str, tensor: Tensor, source: str) -> None:
+    if non_finite(tensor):
+        raise InputError(f"{source}: {name} has NaN or infinite weights; the training that wrote it had diverged")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

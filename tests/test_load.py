@@ -1,0 +1,365 @@
+"""Every PixArt in circulation loads, with the config that its files tell."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pixart
+from checkpoints import (
+    HEADS,
+    assert_same_weights,
+    edit_json,
+    in_diffusers,
+    official,
+    put_in_hub_cache,
+    save_official,
+)  # fmt: skip
+from pixart.checkpoint.detect import solve_positions
+from pixart.checkpoint.load import load_model, load_with_card, make_plan
+from pixart.checkpoint.locate import Found
+from pixart.checkpoint.weights import Weights
+from pixart.errors import InputError
+from pixart.model import PRESETS, PixArt, PixArtConfig
+from test_model_golden import CASES, GOLDEN, load, official_weights, run
+from toy import relative, tiny_model
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {
+    "PixArt-XL-2-256x256": "alpha-256", "PixArt-XL-2-512x512": "alpha-512", "PixArt-XL-2-1024-MS": "alpha-1024",
+    "Sigma-XL-2-256x256": "sigma-256", "Sigma-XL-2-512-MS": "sigma-512", "Sigma-XL-2-1024-MS": "sigma-1024",
+    "Sigma-XL-2-2K-MS": "sigma-2k", "Sigma-XL-2-1024-MS-kvcompress": "sigma-1024",
+    "Sigma-XL-2-2K-MS-kvcompress": "sigma-2k",
+}  # fmt: skip
+OTHERS = {"ControlNet-1024-MS": "ControlNet", "ControlNet-512": "ControlNet", "DiT-XL-2-256x256": "use init_from",
+          "DiT-XL-2-512x512": "use init_from"}  # fmt: skip
+
+
+def official_shapes(name: str) -> dict[str, list[int]]:
+    folded = json.loads((GOLDEN / "official_names.json").read_text())[name]
+    return {
+        pattern.replace("*", str(i), 1): shape
+        for pattern, (shape, span) in folded.items()
+        for i in (range(span[0], span[1] + 1) if span else [0])
+    }
+
+
+# official files
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("model_alpha_256", {}), ("model_alpha_1024ms_24x40", {}), ("model_sigma_kvcompress_24x40", {"latent_size": 256})],
+)
+def test_a_golden_file_loads_and_gives_the_official_output(name, overrides, tmp_path):
+    golden = load(name)
+    torch.save({"state_dict": official_weights(golden)}, tmp_path / "x.pth")
+    model = load_model(tmp_path / "x.pth", overrides={**HEADS, **overrides})
+    assert model.config == CASES[name]
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        assert relative(run(model, golden), golden["out"]) <= 1e-6
+
+
+def test_without_its_position_table_an_alpha_file_asks_for_the_native_size(tmp_path):
+    weights = official_weights(load("model_alpha_256"))
+    del weights["pos_embed"]
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"cannot tell latent_size .*overrides=\{'latent_size': 64\}"):
+        load_model(tmp_path / "x.pth", overrides=HEADS)
+    for size in (32, 64):
+        config = load_model(tmp_path / "x.pth", overrides={**HEADS, "latent_size": size}).config
+        assert (config.latent_size, config.position_scale) == (size, 1.0)
+    with pytest.raises(InputError, match=r"cannot tell num_heads \(width 144 is no preset's\)"):
+        load_model(tmp_path / "x.pth", overrides={"latent_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: torch.randn_like(table), "not PixArt's table of 16 × 16 positions at any scale"),
+        (lambda table: table.flip(-1), "at any scale"),
+        (lambda table: table * float("nan"), "at any scale"),
+        (lambda table: table + 1e-3, "off by 0.001"),
+        (lambda table: table[:, :-1], "with N a square number"),
+        (lambda table: table[..., :-4], r"expected \(1, N, 144\)"),
+    ],
+)
+def test_a_wrong_position_table_is_refused(change, message, tmp_path):
+    weights = official_weights(load("model_alpha_256"))
+    torch.save({"state_dict": {**weights, "pos_embed": change(weights["pos_embed"])}}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "x.pth", overrides=HEADS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0, 1.37])
+def test_native_side_and_scale_come_from_the_table(scale, dtype):
+    model = PixArt(PixArtConfig(hidden_size=48, num_heads=4, depth=1, position_scale=scale, latent_size=48))
+    side, found = solve_positions(model.positions(24, 24)[None].to(dtype), 48, "x")
+    assert side == 24
+    assert found == scale or (scale == 1.37 and dtype == torch.bfloat16 and abs(found / scale - 1) < 1e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_official_model_is_detected_and_built(name):
+    expected = PRESETS[VARIANTS[name]]
+    if "kvcompress" in name:
+        expected = replace(expected, kv_compression="conv", kv_ratio=2, kv_blocks=tuple(range(14, 28)))
+    state = {key: torch.empty(shape, device="meta") for key, shape in official_shapes(name).items()}
+    with torch.device("meta"):
+        model = PixArt(expected)
+    side = expected.latent_size // 2
+    assert list(state["pos_embed"].shape) == [1, side**2, 1152]
+    state["pos_embed"] = model.positions(side, side, device="cpu")[None]
+    plan = make_plan(Found(name, "foreign", Weights(())), state)
+    assert (plan.format, plan.card.model) == ("official", expected)
+    sigma = "Sigma" in name
+    text, vae = plan.card.text, plan.card.vae
+    assert (text.length, text.clean, text.null) == ((300, False, "empty") if sigma else (120, True, "buffer"))
+    assert (vae.kind, vae.scale) == ("kl", 0.13025 if sigma else 0.18215)
+    assert (plan.card.sample.sampler, plan.card.sample.guidance) == ("dpm_solver", 4.5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_official_network_that_is_no_pixart_is_refused_by_its_name(name):
+    state = {key: torch.empty(shape, device="meta") for key, shape in official_shapes(name).items()}
+    with pytest.raises(InputError, match=OTHERS[name]):
+        make_plan(Found(name, "foreign", Weights(())), state)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"caption_length": 300}, {"micro_conditions": True}, {"qk_norm": True}, {"learn_sigma": False},
+        {"kv_compression": "conv", "kv_blocks": (1,), "kv_ratio": 2}, {"kv_compression": "conv", "kv_blocks": (0, 1),
+        "kv_ratio": 4}, {"patch_size": 4}, {"in_channels": 16}, {"mlp_ratio": 2.0}, {"depth": 3, "position_scale": 0.5},
+    ],
+)  # fmt: skip
+def test_the_network_is_read_off_names_and_shapes(changes, tmp_path):
+    model = tiny_model(**changes)
+    loaded = load_model(save_official(tmp_path / "x.pth", model), overrides=HEADS)
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+
+
+# training checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "base_model.", "module._orig_mod.", "model.module."])
+def test_a_training_checkpoint_gives_its_averaged_or_raw_weights(prefix, tmp_path):
+    raw, averaged = tiny_model(seed=0), tiny_model(seed=1)
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 2e-5, "params": [0]}]}
+    torch.save(
+        {
+            "state_dict": {prefix + name: tensor for name, tensor in official(raw).items()},
+            "state_dict_ema": {prefix + name: tensor for name, tensor in official(averaged).items()},
+            "optimizer": optimizer, "scheduler": {"last_epoch": 3}, "epoch": 1, "step": 3,
+        },
+        tmp_path / "epoch_1.pth",
+    )  # fmt: skip
+    assert_same_weights(load_model(tmp_path / "epoch_1.pth", overrides=HEADS), averaged)
+    assert_same_weights(load_model(tmp_path / "epoch_1.pth", ema=False, overrides=HEADS), raw)
+
+
+def test_prefixes_inside_a_name_go_too(tmp_path):
+    model = tiny_model()
+    names = {name: name.replace("blocks.1.", "blocks.1._orig_mod.") for name in model.state_dict()}
+    state = {names[name]: torch.nn.Parameter(tensor) for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    loaded = load_model(tmp_path / "x.pth", overrides={**HEADS, "latent_size": 8, "position_scale": 1.0})
+    assert_same_weights(loaded, model)
+
+
+def test_a_file_with_averaged_weights_only_has_no_raw_ones(tmp_path):
+    torch.save({"state_dict_ema": official(tiny_model()), "state_dict": None}, tmp_path / "x.pth")
+    assert load_model(tmp_path / "x.pth", overrides=HEADS).config.hidden_size == 48
+    with pytest.raises(InputError, match="has no raw weights, only state_dict_ema"):
+        load_model(tmp_path / "x.pth", ema=False, overrides=HEADS)
+
+
+def test_files_from_before_the_zip_format_load(tmp_path):
+    model = tiny_model()
+    torch.save({"state_dict": official(model)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert_same_weights(load_model(tmp_path / "x.pth", overrides=HEADS), model)
+
+
+# diffusers
+
+
+def forms(transformer, folder: Path, form: str) -> tuple[Path, Path]:
+    """A folder with config.json, and the source to load."""
+    if form == "folder":
+        transformer.save_pretrained(folder)
+    elif form == "sharded":
+        transformer.save_pretrained(folder, max_shard_size="100KB")
+        assert len(list(folder.glob("*-of-*.safetensors"))) > 1
+    elif form == "bin":
+        transformer.save_pretrained(folder, safe_serialization=False)
+    elif form == "sharded bin":
+        transformer.save_pretrained(folder, safe_serialization=False, max_shard_size="100KB")
+    elif form == "file":
+        transformer.save_pretrained(folder)
+        return folder, folder / "diffusion_pytorch_model.safetensors"
+    elif form == "pipeline":
+        transformer.save_pretrained(folder / "transformer")
+        (folder / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+        return folder / "transformer", folder
+    elif form == "old class":
+        transformer.save_pretrained(folder)
+        edit_json(folder / "config.json", _class_name="Transformer2DModel", double_self_attention=False)
+    return folder, folder
+
+
+@pytest.mark.parametrize("form", ["folder", "sharded", "bin", "sharded bin", "file", "pipeline", "old class"])
+@pytest.mark.parametrize("micro", [False, True])
+def test_a_transformer_of_diffusers_loads(form, micro, tmp_path):
+    model = tiny_model(position_scale=2.0, micro_conditions=micro)
+    _, source = forms(in_diffusers(model), tmp_path / "transformer", form)
+    loaded, card = load_with_card(source)
+    length = 120 if micro or form == "pipeline" else 300  # without these, Σ's converter alone writes such a config
+    assert loaded.config == replace(model.config, caption_length=length)
+    assert card.text.null == "empty_own_mask"
+    reference = tiny_model(position_scale=2.0, micro_conditions=micro, caption_length=length)
+    reference.load_state_dict({**model.state_dict(), "y_embedder.y_embedding": reference.y_embedder.y_embedding})
+    assert_same_weights(loaded, reference, null=False)
+
+
+def test_what_a_config_leaves_out_is_what_diffusers_takes(tmp_path):
+    model = tiny_model(latent_size=64, position_scale=1.0)
+    in_diffusers(model, interpolation_scale=None, use_additional_conditions=None).save_pretrained(tmp_path / "a")
+    config = load_model(tmp_path / "a").config
+    assert (config.position_scale, config.caption_length) == (1.0, 120)
+    in_diffusers(tiny_model(latent_size=256, position_scale=4.0), interpolation_scale=None).save_pretrained(
+        tmp_path / "b"
+    )
+    config = load_model(tmp_path / "b").config
+    assert (config.position_scale, config.caption_length) == (4.0, 300)
+
+
+def test_the_scale_of_a_sigma_at_256_px_is_not_guessed(tmp_path):
+    transformer = in_diffusers(tiny_model(latent_size=32), interpolation_scale=None)
+    _, folder = forms(transformer, tmp_path / "pipeline", "pipeline")
+    assert load_model(folder).config.position_scale == 1.0  # α
+    edit_json(folder / "model_index.json", _class_name="PixArtSigmaPipeline")
+    with pytest.raises(InputError, match=r"trained with 0.5: pass the right one, as overrides="):
+        load_model(folder)
+    assert load_model(folder, overrides={"position_scale": 0.5}).config.position_scale == 0.5
+
+
+def test_a_pipeline_folder_names_its_own_parts(tmp_path):
+    folder = tmp_path / "pipeline"
+    in_diffusers(tiny_model()).save_pretrained(folder / "transformer")
+    for part in ("vae", "text_encoder", "scheduler"):
+        (folder / part).mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
+    (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.7}')
+    (folder / "text_encoder" / "config.json").write_text("{}")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(
+        '{"_class_name": "LCMScheduler", "beta_schedule": "linear", "prediction_type": "v_prediction"}'
+    )
+    card = load_with_card(folder)[1]
+    assert (card.vae.source, card.vae.scale) == (str(folder / "vae"), 0.7)
+    assert (card.text.model, card.text.length) == (str(folder / "text_encoder"), 300)
+    assert (card.diffusion.prediction, card.sample.sampler) == ("v", "lcm")
+    edit_json(scheduler, beta_schedule="scaled_linear")
+    with pytest.raises(InputError, match="beta_schedule is 'scaled_linear', expected PixArt's 'linear'"):
+        load_with_card(folder)
+
+
+@pytest.mark.parametrize("source", ["owner/name", "owner/name/transformer", "owner/name/raw/x.pth"])
+def test_a_cached_hub_repository_loads_offline(source, tmp_path, monkeypatch):
+    model = tiny_model(micro_conditions=True, caption_length=120)
+    forms(in_diffusers(model), tmp_path / "made", "pipeline")
+    (tmp_path / "made" / "raw").mkdir()
+    save_official(tmp_path / "made" / "raw" / "x.pth", model)
+    put_in_hub_cache(tmp_path / "made", tmp_path / "hub", monkeypatch, revision="v1")
+    loaded = load_model(source, revision="v1", overrides=HEADS)
+    assert_same_weights(loaded, model, null=source.endswith(".pth"))
+    with pytest.raises(InputError, match=f"no model at {source}: not on disk, and not on the Hub or in its cache"):
+        load_model(source, revision="v2", overrides=HEADS)
+
+
+# dtype, memory, laziness
+
+
+def test_dtype_and_device_are_as_asked(tmp_path):
+    model = tiny_model()
+    for source in (save_official(tmp_path / "x.pth", model), tmp_path / "d"):
+        if source.name == "d":
+            in_diffusers(model).save_pretrained(source)
+        loaded = load_model(source, dtype=torch.bfloat16, device="cpu", overrides=HEADS if source.suffix else None)
+        for name, tensor in loaded.state_dict().items():
+            expected = model.state_dict()[name].bfloat16()
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, expected) or name.endswith("y_embedding")
+
+
+def test_weights_that_overflow_in_half_precision_are_refused(tmp_path):
+    model = tiny_model().requires_grad_(False)
+    model.t_block[1].weight[0, 0] = 1e5
+    save_official(tmp_path / "x.pth", model)
+    assert load_model(tmp_path / "x.pth", dtype=torch.bfloat16, overrides=HEADS).config.hidden_size == 48
+    with pytest.raises(InputError, match=r"t_block\.1\.weight overflows in float16; use bfloat16 or float32"):
+        load_model(tmp_path / "x.pth", dtype=torch.float16, overrides=HEADS)
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_training_a_loaded_model_leaves_its_file_alone(form, tmp_path):
+    path = tmp_path / f"x.{form}"
+    state = official(tiny_model())
+    torch.save(state, path) if form == "pth" else save_file(state, path)
+    before = path.read_bytes()
+    model = load_model(path, overrides=HEADS)
+    for parameter in model.parameters():
+        parameter.add_(1)
+    model.y_embedder.y_embedding.zero_()
+    assert path.read_bytes() == before
+
+
+def test_importing_pixart_does_not_import_torch():
+    code = "import sys, pixart; assert 'torch' not in sys.modules; pixart.load_model; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert pixart.load_model is load_model
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pixart.nothing
+
+
+@pytest.mark.parametrize(("form", "dtype", "factor"), [("official", None, 1.2), ("diffusers", None, 1.2),
+                                                       ("official", "bfloat16", 1.2)])  # fmt: skip
+def test_a_load_holds_each_weight_once(form, dtype, factor, tmp_path, monkeypatch):
+    """Peak resident size over that of a process that imports the same, mapped pages of the file included."""
+    model = tiny_model(hidden_size=768, num_heads=12, depth=3, caption_channels=1024, latent_size=32)
+    if form == "official":
+        source = save_official(tmp_path / "x.pth", model)
+    else:
+        source = tmp_path / "d"
+        in_diffusers(model).save_pretrained(source)
+    code = (
+        "import resource, sys, torch\n"
+        "from pixart.checkpoint import load\n"
+        "from toy import tiny_model\n"
+        "tiny_model()\n"
+        "load.GROUP_BYTES = 8 << 20\n"
+        f"dtype = getattr(torch, {str(dtype)!r}) if {dtype!r} else None\n"
+        f"model = load.load_model({str(source)!r}, dtype=dtype) if sys.argv[1] else None\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+    def peak(argument: str) -> int:
+        command = [sys.executable, "-c", code, argument]
+        return int(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
+
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert size > 100e6
+    print(dtype, form, (peak("load") - peak("")) / size)
+    assert peak("load") - peak("") <= factor * size
