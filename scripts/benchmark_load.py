@@ -1,9 +1,9 @@
 """Time and memory of loading: python scripts/benchmark_load.py SOURCE. Run it twice; the first may read the disk."""
 
 import argparse
-import resource
-import sys
+import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -28,18 +28,19 @@ def main() -> None:
     read = time.perf_counter() - start
     del buffer
     PixArt(PixArtConfig(hidden_size=48, num_heads=4, depth=1))  # what the first network of a process imports
-    before = _peak()
+    before = _status("VmRSS")
     start = time.perf_counter()
     model = load_model(a.source, dtype=getattr(torch, a.dtype) if a.dtype else None, overrides=cli.read_settings(a.set))
     load = time.perf_counter() - start
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    print(f"weights {size / 2**20:,.0f} MB, peak over what was there {(_peak() - before) / size:.3f} × them")
+    print(f"weights {size / 2**20:,.0f} MB, peak over what was there {(_status('VmHWM') - before) / size:.3f} × them")
     print(f"load {load:.2f} s, reading the bytes {read:.2f} s, ratio {load / read:.2f}")
 
 
-def _peak() -> int:
-    """Largest resident size of this process so far, in bytes, mapped pages of files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _status(key: str) -> int:
+    """Resident size now (VmRSS) or at its peak (VmHWM) in bytes, mapped pages included; Linux only. getrusage's peak
+    starts at that of the process that forked this one."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 if __name__ == "__main__":

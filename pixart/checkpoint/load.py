@@ -208,7 +208,7 @@ def _take(
         copied[-1].append(name)
         size += sum(state[part].nbytes for part in parts)
     for group in filter(None, copied):
-        fresh = state
+        fresh = found.weights.read()
         for name in group:
             yield name, _copy(fresh, plan.parts[name], found.name, dtype, device)
         del fresh
