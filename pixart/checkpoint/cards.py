@@ -41,7 +41,7 @@ def implied_card(config: PixArtConfig, evidence: Evidence, found: Found) -> Mode
     if not evidence.has_null and not (sigma and evidence.format == "official"):
         null = "empty_own_mask"
     source, scale = VAES[sigma]
-    text, diffusion, sample = T5, DiffusionConfig(), SampleConfig(sampler="dpm_solver", guidance=4.5)
+    text, diffusion, sample = T5, DiffusionConfig(), SampleConfig()
     if found.pipeline is not None:
         vae = found.pipeline / "vae"
         if (vae / "config.json").is_file():

@@ -22,7 +22,7 @@ from pixart.config import to_dict
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model.pixart import PixArt
-from pixart.model.text import find_text_model
+from pixart.model.text import find_text_parts
 from pixart.model.vae import VaeConfig
 from pixart.model.vae_files import find_weights, read_settings
 
@@ -189,9 +189,7 @@ def _write_text(folder: Path, card: ModelCard) -> None:
     """Text encoder and tokenizer, from one folder or Hub repository, or from the two folders of a pipeline."""
     import transformers
 
-    source = find_text_model(card.text.model)
-    beside = Path(source).parent / "tokenizer"
-    tokenizer = str(beside) if beside.is_dir() else source
+    source, tokenizer = find_text_parts(card.text.model)
     try:
         shape = transformers.AutoConfig.from_pretrained(source)
         if shape.model_type != "t5" or shape.d_model != card.model.caption_channels:
