@@ -60,6 +60,14 @@ def test_what_is_new_or_left_out_is_said():
     assert start_from_pixart(fresh(), state) == []
 
 
+def test_a_null_caption_of_zeros_stands_for_none():
+    model = fresh()
+    own = model.y_embedder.y_embedding.clone()
+    state = {**tiny_model().state_dict(), "y_embedder.y_embedding": torch.zeros(12, 16)}
+    assert start_from_pixart(model, state) == ["new: y_embedder.y_embedding"]
+    assert torch.equal(model.y_embedder.y_embedding, own)
+
+
 @pytest.mark.parametrize("changes", [{"depth": 3}, {"depth": 1}, {"hidden_size": 96}, {"learn_sigma": False}])
 def test_any_other_difference_is_refused(changes):
     with pytest.raises(InputError, match="do not fit this model"):

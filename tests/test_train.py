@@ -79,11 +79,11 @@ def test_training_overfits_one_batch(base):
 
 def test_a_run_leaves_what_it_should(base):
     result = train(build(
-        base, train__trackers=["tensorboard"], train__sample_every=3, prompts=["a red square, number 0"],
+        base, train__trackers=["tensorboard"], train__sample_every=4, prompts=["a red square, number 0"],
         data__validation=0.3, train__validate_every=3, train__batch_size=2,
     ))  # fmt: skip
     assert result.finished
-    assert {p.name for p in (result.run / "samples").iterdir()} == {"step_00000003.png", "step_00000006.png"}
+    assert {p.name for p in (result.run / "samples").iterdir()} == {"step_00000004.png", "step_00000006.png"}
     assert [p.name for p in checkpoints(result.run)] == ["step_00000002", "step_00000004", "step_00000006"]
     assert list(result.run.rglob("events.out.tfevents*"))
     assert (result.run / "config.yaml").exists()

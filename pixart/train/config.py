@@ -58,7 +58,7 @@ class LoopConfig:
     caption_dropout: float = 0.1
     ema: float = 0.9999  # decay per step
     ema_warmup: bool = False  # lower the decay to (1 + step) / (10 + step) at first
-    log_every: int = 20  # steps, here and below; 0 is never, except for saving at the end
+    log_every: int = 20  # steps, here and below, and at the end; 0 is never, but a run always saves at its end
     sample_every: int = 0
     validate_every: int = 0
     save_every: int = 1000

@@ -56,17 +56,17 @@ def train(config: TrainConfig) -> RunResult:
                 _note_skipped(progress, result, config, watch)
 
             step = progress.step
-            if _due(step, config.train.log_every) or step == steps:
+            if _due(step, config.train.log_every, steps):
                 _note_unreadable(state, problems, len(session.data.train), watch)
                 problems.clear()
                 watch.log(progress, learning_rate(config.optimizer, step - 1, steps))
 
             paused = time.perf_counter()
-            if _due(step, config.train.validate_every):
+            if _due(step, config.train.validate_every, steps):
                 watch.write(step, validate(session, config))
-            if _due(step, config.train.sample_every):
+            if _due(step, config.train.sample_every, steps):
                 draw_samples(session, config)
-            if _due(step, config.train.save_every) and step < steps:
+            if _due(step, config.train.save_every, steps) and step < steps:
                 try:
                     save_checkpoint(state, config, run)
                     saved_step = step
@@ -137,5 +137,6 @@ def _note_unreadable(state: TrainState, problems: list[tuple[str, str]], total: 
         check_unreadable(list(known.items()), len(known), total)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something done every so many steps, and at the end, is due; 0 is never."""
+    return every > 0 and (step % every == 0 or step == steps)
