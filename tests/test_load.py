@@ -25,6 +25,8 @@ from pixart.checkpoint.detect import solve_positions
 from pixart.checkpoint.load import load_model, load_with_card, make_plan
 from pixart.checkpoint.locate import Found
 from pixart.checkpoint.weights import Weights
+from pixart.diffusion import make_schedule
+from pixart.diffusion.sampling import resolve
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
 from test_model_golden import CASES, GOLDEN, load, official_weights, run
@@ -125,7 +127,8 @@ def test_every_official_model_is_detected_and_built(name):
     text, vae = plan.card.text, plan.card.vae
     assert (text.length, text.clean, text.null) == ((300, False, "empty") if sigma else (120, True, "buffer"))
     assert (vae.kind, vae.scale) == ("kl", 0.13025 if sigma else 0.18215)
-    assert (plan.card.sample.sampler, plan.card.sample.guidance) == ("dpm_solver", 4.5)
+    sampling = resolve(plan.card.sample, make_schedule(plan.card.diffusion))
+    assert (sampling.sampler, sampling.steps, sampling.guidance) == ("dpm_solver", 20, 4.5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
