@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
+from pixart.checkpoint.files import ModelCard
+from pixart.checkpoint.save import save
 from pixart.checkpoint.start import is_dit, start_from, start_from_dit, start_from_pixart
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
@@ -171,3 +173,8 @@ def test_a_start_from_a_diffusers_folder_equals_one_from_the_official_file(tmp_p
     for name, value in source.state_dict().items():
         if name != "y_embedder.y_embedding":
             assert torch.equal(model.state_dict()[name], value), name
+    save(source, ModelCard(source.config), tmp_path / "ours", "diffusers")  # with the null caption in its side file
+    model = fresh()
+    assert start_from(model, str(tmp_path / "ours")) == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name

@@ -32,7 +32,8 @@ def start_from(model: PixArt, source: str, *, ema: bool = True) -> list[str]:
         evidence = examine(state, found.name)
         if evidence.format == "diffusers":
             table = diffusers_parts(evidence.fields["depth"], micro_conditions=evidence.fields["micro_conditions"])
-            state = {name: torch.cat([state[part] for part in parts]) for name, parts in table.items()}
+            side = {_NULL: state[_NULL]} if _NULL in state else {}  # from our export's side file
+            state = {name: torch.cat([state[part] for part in parts]) for name, parts in table.items()} | side
     return start_from_pixart(model, state)
 
 
