@@ -175,8 +175,11 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(16 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
