@@ -1,6 +1,5 @@
 """Everything that happens once, before the first step: the run's folder, data, text states, model and optimizer."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pixart.buckets import bucket_table
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.start import start_from
 from pixart.config import dump_yaml, load_config, to_dict
-from pixart.data.batches import BucketBatches
+from pixart.data.batches import BucketBatches, derive_seed
 from pixart.data.dataset import Captions, ImageDataset, collate, encode_captions
 from pixart.data.images import Record, scan_images
 from pixart.data.openmoji import build_openmoji
@@ -113,7 +112,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
         InputError: `resume: never` meets a run; or the folder holds a run with another configuration.
     """
     run = Path(config.output)
-    stored = run / "config.yaml"
+    stored, checkpoint = run / "config.yaml", newest_checkpoint(run, accelerator.print)
     if stored.exists():
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
@@ -121,12 +120,11 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
         before, now = _flatten(to_dict(load_config(TrainConfig, stored))), _flatten(to_dict(config))
         changed = [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in sorted({*before, *now})
                    if before.get(key) != now.get(key) and not _is_free(key)]  # fmt: skip
-        if changed and newest_checkpoint(run, lambda _: None):
+        if changed and checkpoint is not None:
             raise InputError(
                 f"{run} holds a run with another configuration ({'; '.join(changed)}); "
                 "choose another output for the new one, or take the changes back to go on"
             )
-    checkpoint = newest_checkpoint(run, accelerator.print)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         try:
@@ -249,8 +247,7 @@ def make_dataset(config: TrainConfig, data: Data, records: list[Record]) -> Imag
 
 def _share(name: str, seed: int) -> float:
     """A number in [0, 1) that belongs to an image: adding images does not move others across the split."""
-    digest = hashlib.blake2b(f"{seed}/{name}/split".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return derive_seed(seed, name, "split") / 2**63
 
 
 def _flatten(settings: dict, prefix: str = "") -> dict:
