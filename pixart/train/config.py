@@ -4,29 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pixart.checkpoint.files import ModelCard
+from pixart.data.config import DataConfig
 from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
 from pixart.errors import InputError
 from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.pixart import PixArtConfig
 from pixart.model.text import TextConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    folder: str
-    prepare: Literal["openmoji"] | None = None  # make the folder's content, if it is not there yet
-    resolution: int = 256  # side in pixels of the square bucket
-    aspect_ratios: bool = False  # all of the table's buckets, not the square one alone
-    every: int = 1  # train on every n-th image, in the order of their ids
-    validation: float = 0.0  # share of the images held out for the validation loss
-    flip: bool = False
-    random_crop: bool = False
-    max_crop: float = 0.5  # leave out images that would lose more of their area to the crop
-    leftovers: Literal["drop", "fill"] = "drop"  # the last images of a bucket that do not fill a batch
-    workers: int = 2  # processes that read images; 0 reads in the training process
-    cache: bool = False  # keep decoded images in memory
-    text_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of caption states, kept in memory
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pixart.data.dataset import collate
 from pixart.grid import contact_sheet
 from pixart.pipeline import sample_latents, to_images
 from pixart.train.config import TrainConfig
-from pixart.train.setup import Session, make_dataset
+from pixart.train.data import make_dataset
+from pixart.train.setup import Session
 from pixart.train.step import batch_losses
 
 

@@ -10,9 +10,10 @@ import torch
 from pixart.data.images import check_unreadable
 from pixart.errors import InputError
 from pixart.train.config import TrainConfig
+from pixart.train.data import Data
 from pixart.train.looks import draw_samples, validate
 from pixart.train.optimizer import learning_rate
-from pixart.train.setup import Data, start
+from pixart.train.setup import start
 from pixart.train.state import Progress, TrainState, save_checkpoint
 from pixart.train.step import StepResult, train_step
 from pixart.train.watch import Watch
