@@ -1,9 +1,6 @@
-"""Our own files: a model is a folder with `model.safetensors` and `config.json`; all writes are whole or not at all."""
+"""Our own files: a model is a folder with `model.safetensors` and `config.json`; a run has checkpoints of two."""
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +13,13 @@ from torch import Tensor
 from pixart.config import build, to_dict
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
+from pixart.disk import verify
 from pixart.errors import InputError
 from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.pixart import PixArtConfig
 from pixart.model.text import TextConfig
 
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -113,78 +111,5 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_folder` wrote, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest["blake2b"].items():
-            if _digest(folder / name) != digest:
-                return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
-    return None
-
-
-def write_folder(target: Path, fill: Callable[[Path], None], *, manifest: bool = True) -> None:
-    """Create `target` whole or not at all: filled under another name, hashed into its manifest, synced, renamed.
-
-    Raises:
-        OSError: the disk is full or not writable; nothing is left behind, `target` is as it was.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        if manifest:
-            digests = {path.relative_to(partial).as_posix(): _digest(path) for path in files}
-            (partial / MANIFEST).write_text(json.dumps({"blake2b": digests}, indent=2) + "\n", encoding="utf-8")
-            files.append(partial / MANIFEST)
-        for path in [*files, partial]:
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(partial, target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def write_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Create the file `target` whole or not at all, as `write_folder` does.
-
-    Raises:
-        OSError: the disk is full or not writable; nothing is left behind, `target` is as it was.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        _sync(partial)
-        os.rename(partial, target)
-        _sync(target.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _digest(path: Path) -> str:
-    digest, buffer = hashlib.blake2b(digest_size=16), bytearray(16 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

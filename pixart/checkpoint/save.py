@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pixart.checkpoint.cards import implied_card
 from pixart.checkpoint.detect import complete, examine, is_sigma
-from pixart.checkpoint.files import CONFIG, ModelCard, save_model, write_file, write_folder
+from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
 from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
 from pixart.checkpoint.weights import CARD_KEY, Weights
 from pixart.config import to_dict
 from pixart.diffusion.schedule import DiffusionConfig
+from pixart.disk import write_file, write_folder
 from pixart.errors import InputError
 from pixart.model.pixart import PixArt
 from pixart.model.text import find_text_parts

@@ -1,15 +1,18 @@
 """Which samples form which batch: a pure function of (seed, epoch), so that a run's position is one integer."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from pixart.errors import InputError
 
-Key = tuple[int, int]  # (epoch, index of the sample)
+Key = tuple[int, int]  # (pass over the sample's set, in which all its random numbers differ; index of the sample)
 
 
 def derive_seed(*parts: object) -> int:
@@ -25,15 +28,23 @@ class BucketBatches(Sampler[list[Key]]):
     part of micro-step m goes to rank r in the order (m, r). So the samples of an optimizer step depend neither on the
     number of ranks nor on accumulation, and at every micro-step all ranks have batches of one size and shape.
 
+    Samples may come from several sets (image folders, feature stores), each with a number of `repeats`: what an epoch
+    shows of it, in passes. Each set has an endless stream of passes, every one a new order of all its samples; an epoch
+    takes the stream's next repeats × size samples, bucket by bucket. So 1 shows each sample once an epoch, 0.25 each
+    once in four, 3 each three times under other noise.
+
     `position` is the number of global batches taken since the run began: all there is to save and to resume.
+
+    In memory: 12 bytes a sample (its number and its place in the epoch), besides `buckets` itself.
     """
 
     def __init__(
         self,
-        buckets: Sequence[int],
+        buckets: Sequence[int] | np.ndarray,
         global_batch: int,
         *,
         seed: int,
+        sets: Sequence[tuple[int, float]] | None = None,
         rank: int = 0,
         ranks: int = 1,
         accumulation: int = 1,
@@ -42,7 +53,8 @@ class BucketBatches(Sampler[list[Key]]):
     ):
         """
         Args:
-            buckets: the bucket's number of every sample.
+            buckets: the bucket's number of every sample, set after set.
+            sets: (number of samples, repeats) of every set; by default one set, shown once an epoch.
             leftovers: what happens to a bucket's last samples that do not fill a global batch: "drop" leaves them out
                 of this epoch (other ones the next, since the order differs; but all of a bucket that has fewer than a
                 batch, always), "fill" completes the batch from the next epochs' orders.
@@ -54,14 +66,27 @@ class BucketBatches(Sampler[list[Key]]):
             )
         self.global_batch, self.seed, self.leftovers, self.position = global_batch, seed, leftovers, position
         self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
-        self.members: dict[int, torch.Tensor] = {}
-        for number in sorted(set(buckets)):
-            self.members[number] = torch.tensor([i for i, bucket in enumerate(buckets) if bucket == number])
-        self.per_epoch = sum(self._batches_of(len(samples)) for samples in self.members.values())
+        buckets = np.asarray(buckets)
+        self.sets = [(len(buckets), 1.0)] if sets is None else list(sets)
+        assert sum(count for count, _ in self.sets) == len(buckets)
+        if wrong := [repeats for _, repeats in self.sets if not 0 < repeats < math.inf]:
+            raise InputError(f"a set's repeats: got {wrong[0]}, expected a positive number")
+        self.samples = len(buckets)
+        # bucket → its samples in each set
+        self.members: dict[int, list[Tensor]] = {}
+        for number in np.unique(buckets).tolist():
+            self.members[number], first = [], 0
+            for count, _ in self.sets:
+                found = np.flatnonzero(buckets[first : first + count] == number) + first
+                self.members[number].append(torch.from_numpy(found.astype(np.int32)))
+                first += count
+        self.sizes = {number: sum(self._shares(number)) for number in self.members}  # samples an epoch
+        self.per_epoch = sum(self._batches_of(size) for size in self.sizes.values())
+        self._plan: tuple[int, list[tuple[int, Tensor]], Tensor] | None = None
         if not self.per_epoch:
             raise InputError(
                 f"no bucket has the {global_batch} images of one batch (the fullest has "
-                f"{max(map(len, self.members.values()), default=0)}); "
+                f"{max(self.sizes.values(), default=0)}); "
                 "lower batch_size, set leftovers to fill, or use square crops"
             )
 
@@ -70,35 +95,76 @@ class BucketBatches(Sampler[list[Key]]):
         """Samples left out of every epoch."""
         if self.leftovers == "fill":
             return 0
-        return sum(len(samples) % self.global_batch for samples in self.members.values())
+        return sum(size % self.global_batch for size in self.sizes.values())
 
     def epoch(self, epoch: int) -> list[list[Key]]:
         """All global batches of an epoch, in order."""
-        batches: list[list[Key]] = []
-        for number, samples in self.members.items():
-            order, later = self._order(number, samples, epoch), epoch
-            while len(order) % self.global_batch and self.leftovers == "fill":
-                missing, later = self.global_batch - len(order) % self.global_batch, later + 1
-                order += self._order(number, samples, later)[:missing]
-            for i in range(self._batches_of(len(samples))):
-                batches.append(order[i * self.global_batch : (i + 1) * self.global_batch])
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "batches"))
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return [self.batch(epoch, i) for i in range(self.per_epoch)]
+
+    def batch(self, epoch: int, index: int) -> list[Key]:
+        """Global batch `index` of an epoch."""
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = None  # frees the last epoch's before this one is made
+            self._plan = (epoch, *self._make_plan(epoch))
+        _, orders, turns = self._plan
+        number = int(turns[index])
+        for batches, order in orders:
+            if number < batches:
+                keys = order[number * self.global_batch : (number + 1) * self.global_batch].tolist()
+                return [divmod(key, self.samples) for key in keys]
+            number -= batches
+        raise IndexError(index)
 
     def __iter__(self) -> Iterator[list[Key]]:
         """This rank's micro-batches from `position` on, without end."""
         size = self.global_batch // (self.ranks * self.accumulation)
         epoch, start = divmod(self.position, self.per_epoch)
         while True:
-            for batch in self.epoch(epoch)[start:]:
+            for index in range(start, self.per_epoch):
+                batch = self.batch(epoch, index)
                 for micro in range(self.accumulation):
                     first = (micro * self.ranks + self.rank) * size
                     yield batch[first : first + size]
             epoch, start = epoch + 1, 0
 
-    def _order(self, number: int, samples: torch.Tensor, epoch: int) -> list[Key]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "bucket", number))
-        return [(epoch, i) for i in samples[torch.randperm(len(samples), generator=generator)].tolist()]
+    def _make_plan(self, epoch: int) -> tuple[list[tuple[int, Tensor]], Tensor]:
+        """(number of batches, samples in order as pass × samples + index) of every bucket, and the batches' turns."""
+        orders = []
+        for number in self.members:
+            order, batches, later = self._order(number, epoch), self._batches_of(self.sizes[number]), epoch
+            while batches and (missing := batches * self.global_batch - len(order)) > 0:
+                later += 1
+                order = torch.cat([order, self._order(number, later)[:missing]])
+            orders.append((batches, order))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "batches"))
+        return orders, torch.randperm(self.per_epoch, generator=generator)
+
+    def _order(self, number: int, epoch: int) -> Tensor:
+        """What an epoch shows of a bucket: each set's share, mixed."""
+        shares = self._shares(number)
+        parts = [
+            self._stream(number, which, epoch * share, share) for which, share in enumerate(shares) if share
+        ] or [torch.empty(0, dtype=torch.int64)]  # fmt: skip
+        if len(parts) == 1:
+            return parts[0]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "mix", number))
+        return torch.cat(parts)[torch.randperm(sum(shares), generator=generator)]
+
+    def _stream(self, number: int, which: int, start: int, count: int) -> Tensor:
+        """`count` samples from `start` on of a set's endless passes over one bucket."""
+        samples, parts = self.members[number][which], []
+        for turn in range(start // len(samples), -(-(start + count) // len(samples))):
+            name = (number,) if which == 0 else (number, which)
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, turn, "bucket", *name))
+            order = samples[torch.randperm(len(samples), generator=generator)].long() + turn * self.samples
+            begin = turn * len(samples)
+            parts.append(order[max(start - begin, 0) : start + count - begin])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _shares(self, number: int) -> list[int]:
+        return [
+            round(repeats * len(samples)) for samples, (_, repeats) in zip(self.members[number], self.sets, strict=True)
+        ]
 
     def _batches_of(self, count: int) -> int:
         return -(-count // self.global_batch) if self.leftovers == "fill" else count // self.global_batch

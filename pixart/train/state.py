@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from pixart.checkpoint.files import WEIGHTS, check_state, checkpoints, save_model, write_folder
+from pixart.checkpoint.files import WEIGHTS, check_state, checkpoints, save_model
+from pixart.disk import write_folder
 from pixart.errors import InputError
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
