@@ -76,6 +76,11 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_text(text: str) -> str:
+    """blake2b of a text, 16 bytes in hex."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def sync(path: Path) -> None:
     """Have the system write a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

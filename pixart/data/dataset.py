@@ -1,6 +1,6 @@
-"""Samples and batches for training: pixels, caption states, and every random number the sample will need.
+"""Samples and batches for training: pixels or latents, caption states, and every random number the sample will need.
 
-All randomness of a sample is a function of (seed, epoch, sample id) and drawn here, on the CPU: so a run does not
+All randomness of a sample is a function of (seed, pass, sample id) and drawn here, on the CPU: so a run does not
 depend on the number of processes or workers, and two experiments see the same noise.
 """
 
@@ -14,16 +14,21 @@ from torch.utils.data import Dataset
 
 from pixart.data.batches import Key, derive_seed
 from pixart.data.images import UNREADABLE, Record, load_image
+from pixart.data.store import Features, FeatureStore
 from pixart.errors import InputError
+
+# lengths that captions of a batch are padded to, up to the model's own: few, so that few shapes are compiled
+CAPTION_LENGTHS = (16, 32, 64, 128, 256)
 
 
 @dataclass
 class Batch:
-    """What a training step takes. B samples of one bucket; L is the longest caption's number of tokens."""
+    """What a training step takes. B samples of one bucket; L is the padded length of its captions."""
 
-    pixels: Tensor  # (B, 3, H, W) in [-1, 1]
+    pixels: Tensor | None  # (B, 3, H, W) in [-1, 1]; None where there are latents
+    latents: Tensor | None  # (B, C, h, w) scaled; None where there are pixels
     noise: Tensor  # (B, C, h, w) standard normal, to be added to the latents
-    posterior_noise: Tensor  # (B, C, h, w) standard normal, for the autoencoder's posterior
+    posterior_noise: Tensor  # (B, C, h, w) standard normal, for the autoencoder's posterior; zeros for its mean
     time: Tensor  # (B,) uniform in [0, 1); the schedule makes times of it
     caption: Tensor  # (B, L, caption_channels)
     caption_mask: Tensor  # (B, L) bool
@@ -46,6 +51,26 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """A sample's random numbers: all of them, always, so that using one or not does not change the others."""
+
+    time: float
+    drop: float
+    flip: float
+    caption: float
+    top: float
+    left: float
+    noise: Tensor  # (C, h, w)
+    posterior_noise: Tensor
+
+
+def draw(seed: int, turn: int, sample_id: str, shape: tuple[int, int, int]) -> Draws:
+    """The random numbers of a sample in one pass; uniform in [0, 1), normal for the latents' shape (C, h, w)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, turn, sample_id))
+    return Draws(*torch.rand(6, generator=generator).tolist(), *torch.randn(2, *shape, generator=generator))
+
+
+@dataclass(frozen=True)
 class Captions:
     """Text states of all distinct captions, real tokens only: states[i] (L_i, caption_channels)."""
 
@@ -57,7 +82,7 @@ class Captions:
 
 
 class ImageDataset(Dataset):
-    """Images of a folder with their captions' states, by (epoch, index) keys; see `Batch` for what comes out."""
+    """Captioned images with their captions' states, by (pass, index) keys; see `Batch` for what comes out."""
 
     def __init__(
         self,
@@ -69,6 +94,7 @@ class ImageDataset(Dataset):
         downsample: int,
         flip: bool = False,
         random_crop: bool = False,
+        posterior_mean: bool = False,
         cache: bool = False,
     ):
         """
@@ -76,42 +102,34 @@ class ImageDataset(Dataset):
             latent_channels, downsample: of the autoencoder, for the shape of the noise.
             flip: mirror half of the pictures.
             random_crop: crop anywhere, not in the middle.
+            posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
             cache: keep decoded pictures in memory; not with `random_crop`.
         """
         if cache and random_crop:
             raise InputError("data: cache keeps cropped pictures, so it cannot be on together with random_crop")
         self.records, self.captions, self.seed = records, captions, seed
         self.latent_channels, self.downsample = latent_channels, downsample
-        self.flip, self.random_crop = flip, random_crop
+        self.flip, self.random_crop, self.posterior_mean = flip, random_crop, posterior_mean
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: Key) -> dict:
-        epoch, index = key
+        turn, index = key
         record = self.records[index]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, record.id))
-        # all of them, always, in this order: so that switching one on does not change the others
-        time, drop, flip, caption, top, left = torch.rand(6, generator=generator).tolist()
-        shape = (record.bucket.height // self.downsample, record.bucket.width // self.downsample)
-        noise, posterior_noise = torch.randn(2, self.latent_channels, *shape, generator=generator)
-        image, problem = self._read(index, (top, left) if self.random_crop else (0.5, 0.5))
-        if self.flip and flip < 0.5:
+        shape = (self.latent_channels, record.bucket.height // self.downsample, record.bucket.width // self.downsample)
+        draws = draw(self.seed, turn, record.id, shape)
+        image, problem = self._read(index, (draws.top, draws.left) if self.random_crop else (0.5, 0.5))
+        if self.flip and draws.flip < 0.5:
             image = image[:, ::-1]
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1
+        posterior_noise = torch.zeros_like(draws.noise) if self.posterior_mean else draws.posterior_noise
         return {
             "pixels": pixels,
-            "noise": noise,
             "posterior_noise": posterior_noise,
-            "time": time,
-            "caption": self.captions[record.captions[int(caption * len(record.captions))]],
-            "drop": drop,
-            "size": (float(record.height), float(record.width)),
-            "aspect_ratio": record.bucket.ratio,
-            "weight": float(problem is None),
-            "id": record.id,
-            "problem": problem,
+            "caption": self.captions[record.choose(draws.caption)],
+            **_common(draws, record, problem),
         }
 
     def _read(self, index: int, crop: tuple[float, float]) -> tuple[np.ndarray, str | None]:
@@ -119,7 +137,7 @@ class ImageDataset(Dataset):
             return self._cache[index], None
         record = self.records[index]
         try:
-            image = load_image(record.path, record.bucket, crop=crop)
+            image = load_image(record.picture, record.bucket, crop=crop)
         except UNREADABLE as error:
             return np.zeros((record.bucket.height, record.bucket.width, 3), np.uint8), f"unreadable: {error}"
         if self._cache is not None:
@@ -127,8 +145,66 @@ class ImageDataset(Dataset):
         return image, None
 
 
-def collate(samples: list[dict]) -> Batch:
-    """Samples of one bucket → a batch, captions padded to the longest.
+class FeatureDataset(Dataset):
+    """Samples of feature stores, one after the other, by (pass, index) keys; see `Batch` for what comes out."""
+
+    def __init__(
+        self,
+        stores: Sequence[FeatureStore],
+        chosen: Sequence[np.ndarray | None],
+        *,
+        seed: int,
+        flip: bool = False,
+        posterior_mean: bool = False,
+    ):
+        """
+        Args:
+            chosen: the samples that count of each store, by their numbers; None is all.
+            flip: take the mirrored picture's latents half of the time.
+            posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
+        """
+        self.stores, self.chosen, self.seed = stores, chosen, seed
+        self.flip, self.posterior_mean = flip, posterior_mean
+        self.sizes = [len(store) if part is None else len(part) for store, part in zip(stores, chosen, strict=True)]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, key: Key) -> dict:
+        turn, index = key
+        which = 0
+        while index >= self.sizes[which]:
+            index, which = index - self.sizes[which], which + 1
+        store, chosen = self.stores[which], self.chosen[which]
+        number = index if chosen is None else int(chosen[index])
+        sample = store.get(number)
+        draws = draw(self.seed, turn, sample.id, tuple(sample.mean.shape))
+        if self.flip and draws.flip < 0.5:
+            sample = store.get(number, mirrored=True)
+        latents = sample.mean if self.posterior_mean else sample.mean + sample.std * draws.posterior_noise
+        caption = store.caption(choose(sample.captions, sample.weights, draws.caption))
+        problem = None
+        if not len(caption):
+            caption, problem = caption.new_zeros(1, caption.shape[1]), "its caption has no token"
+        return {"latents": latents, "caption": caption, **_common(draws, sample, problem)}
+
+
+def _common(draws: Draws, sample: Record | Features, problem: str | None) -> dict:
+    return {
+        "noise": draws.noise,
+        "time": draws.time,
+        "drop": draws.drop,
+        "size": (float(sample.height), float(sample.width)),
+        "aspect_ratio": sample.bucket.ratio,
+        "weight": float(problem is None),
+        "id": sample.id,
+        "problem": problem,
+    }
+
+
+def collate(samples: list[dict], *, length: int | None = None) -> Batch:
+    """Samples of one bucket → a batch; captions are padded to the longest, or with `length`, the longest there may be,
+    to the next of `CAPTION_LENGTHS`.
 
     Raises:
         InputError: a caption without tokens; attention over it would give NaN for the whole picture.
@@ -136,18 +212,41 @@ def collate(samples: list[dict]) -> Batch:
     for sample in samples:
         if not len(sample["caption"]):
             raise InputError(f"{sample['id']}: its caption has no token")
-    caption = torch.nn.utils.rnn.pad_sequence([s["caption"] for s in samples], batch_first=True)
-    lengths = torch.tensor([len(s["caption"]) for s in samples])
-    stacked = {name: torch.stack([s[name] for s in samples]) for name in ("pixels", "noise", "posterior_noise")}
+    captions = [sample["caption"] for sample in samples]
+    lengths = torch.tensor([len(caption) for caption in captions])
+    padded = pad_length(int(lengths.max()), length)
+    caption = captions[0].new_zeros(len(captions), padded, captions[0].shape[1])
+    for row, states in zip(caption, captions, strict=True):
+        row[: len(states)] = states
     numbers = ("time", "drop", "size", "aspect_ratio", "weight")
     return Batch(
-        **stacked,
+        **{
+            name: torch.stack([s[name] for s in samples]) if name in samples[0] else None
+            for name in ("pixels", "latents", "noise", "posterior_noise")
+        },
         **{name: torch.tensor([s[name] for s in samples], dtype=torch.float32) for name in numbers},
         caption=caption,
-        caption_mask=torch.arange(caption.shape[1])[None, :] < lengths[:, None],
+        caption_mask=torch.arange(padded)[None, :] < lengths[:, None],
         ids=[s["id"] for s in samples],
         problems=[(s["id"], s["problem"]) for s in samples if s["problem"]],
     )
+
+
+def pad_length(longest: int, length: int | None) -> int:
+    """What captions are padded to: the next of `CAPTION_LENGTHS`, and no more than `length`."""
+    if length is None:
+        return longest
+    return max(longest, min(next((step for step in CAPTION_LENGTHS if step >= longest), length), length))
+
+
+def choose(options: Sequence, weights: Sequence[float], u: float):
+    """The option at u in [0, 1) along the weights, which sum to 1."""
+    if min(weights) == max(weights):
+        return options[int(u * len(options))]
+    for option, weight in zip(options, weights, strict=True):
+        if (u := u - weight) < 0:
+            return option
+    return options[-1]  # the weights' rounding
 
 
 def encode_captions(encoder, captions: Sequence[str], *, dtype: torch.dtype, batch_size: int = 64) -> Captions:

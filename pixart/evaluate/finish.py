@@ -14,11 +14,12 @@ def finish(config: TrainConfig, result: RunResult) -> str:
     if int(os.environ.get("RANK", "0")) != 0:
         return ""
     lines = [f"trained {result.step} steps; model and averaged weights in {result.run}/checkpoints"]
-    prompt = config.prompts[0] if config.prompts else result.data.train[0].captions[0]
+    captions = [caption for record in result.data.records[:1] for caption in record.captions]
+    prompt = [*config.prompts, *captions, "a prompt"][0]
     if config.evaluate.retrieval:
         pipeline = Pipeline.from_pretrained(result.run)
         credit = ATTRIBUTION if config.data.prepare == "openmoji" else ""
-        score = retrieval(pipeline, result.data.train, result.run, config.sample, seed=config.seed, credit=credit)
+        score = retrieval(pipeline, result.data.records, result.run, config.sample, seed=config.seed, credit=credit)
         lines += [f"picture: {score.sheet} (training image above, sample below; a red caption is a miss)", str(score)]
         lines += [credit] * bool(credit)
     lines.append(f'sample more: python scripts/sample.py --model {result.run} "{prompt}"')

@@ -45,10 +45,14 @@ class Autoencoder(Protocol):
 
     latent_channels: int
     downsample: int  # pixels of a latent's side
+    scale: float  # scaled latents over the network's own
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] → scaled latents (B, C, H/f, W/f): a sample of the posterior by standard
         normal `noise` of the latents' shape, or its mean without."""
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels → mean and standard deviation of the posterior of the scaled latents, each (B, C, H/f, W/f)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents → pixels (B, 3, H, W), nominally in [-1, 1], not clipped."""
@@ -65,9 +69,13 @@ class IdentityAutoencoder:
 
     latent_channels = 3
     downsample = 1
+    scale = 1.0
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         return pixels
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return pixels, torch.zeros_like(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents

@@ -8,6 +8,7 @@ from pixart.data.config import DataConfig
 from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
 from pixart.errors import InputError
+from pixart.extract import ExtractConfig
 from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.pixart import PixArtConfig
 from pixart.model.text import TextConfig
@@ -80,6 +81,7 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     prompts: tuple[str, ...] = ()  # of the sample grids
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)  # how scripts/extract.py makes data.features
 
     def __post_init__(self):
         if self.model.learn_sigma and self.diffusion.schedule == "flow":
@@ -94,6 +96,8 @@ class TrainConfig:
             raise InputError("train.sample_every is set, but there are no prompts to sample")
         if self.train.validate_every and not self.data.validation:
             raise InputError("train.validate_every is set, but data.validation holds no image out")
+        if self.evaluate.retrieval and (self.data.features or self.data.mix):
+            raise InputError("evaluate.retrieval compares pictures; it cannot be on with data.features")
         resolve(self.sample, make_schedule(self.diffusion))
 
     @property

@@ -1,82 +1,246 @@
-"""A run's data: what it trains on and what it holds out, and this process's batches of it."""
+"""A run's data: what it trains on and holds out, from pictures or feature stores, and this process's batches."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from pixart.buckets import bucket_table
+from pixart.buckets import Bucket, bucket_table
 from pixart.data.batches import BucketBatches, derive_seed
-from pixart.data.dataset import Captions, ImageDataset, collate, encode_captions
-from pixart.data.images import Record, scan_images
+from pixart.data.dataset import Captions, FeatureDataset, ImageDataset, collate, encode_captions
+from pixart.data.images import Record
 from pixart.data.openmoji import build_openmoji
+from pixart.data.sources import scan
+from pixart.data.store import FeatureStore
 from pixart.errors import InputError
+from pixart.extract import autoencoder_fingerprint, encoder_dtype, fingerprint
+from pixart.extract.convert import UNKNOWN
+from pixart.model.autoencoder import Autoencoder
 from pixart.model.text import TextEncoder
 from pixart.pipeline import encode_null
 from pixart.train.config import TrainConfig
 
 
 @dataclass
-class Data:
-    """Records and text states of a run."""
+class Part:
+    """Samples for one use."""
 
-    train: list[Record]
-    held_out: list[Record]
-    captions: Captions
+    dataset: Dataset
+    buckets: np.ndarray  # the bucket's number of every sample
+    sets: list[tuple[int, float]]  # (number of samples, repeats an epoch) of each set that they come from
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def by_bucket(self, size: int) -> Iterator[list[int]]:
+        """All samples once, in lists of one bucket and at most `size`."""
+        for number in np.unique(self.buckets):
+            samples = np.flatnonzero(self.buckets == number).tolist()
+            yield from (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+@dataclass
+class Data:
+    """Samples and text states of a run."""
+
+    train: Part
+    held_out: Part
+    captions: Captions  # of the prompts at least
     null: Tensor | None  # the null caption, if it is not the model's own
+    records: list[Record]  # the training pictures; none with feature stores
     report: str
 
 
-def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
+def load_data(config: TrainConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
+    """Pictures and their captions' states, or feature stores; without the held-out samples.
+
+    Raises:
+        InputError: no usable data, or features that were not made for this configuration.
+    """
+    if config.data.features or config.data.mix:
+        return load_features(config, accelerator, autoencoder)
+    return load_pictures(config, accelerator)
+
+
+def make_table(config: TrainConfig) -> list[Bucket]:
+    """The buckets that the pictures are sorted into."""
+    multiple = config.model.patch_size * config.vae.downsample
+    return bucket_table(config.data.resolution, multiple, square=not config.data.aspect_ratios)
+
+
+def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
     """Scan the images, split off the held-out ones, encode every caption once and free the encoder."""
     data = config.data
     if data.prepare == "openmoji":
         with accelerator.main_process_first():
             build_openmoji(data.folder)
-    multiple = config.model.patch_size * config.vae.downsample
-    table = bucket_table(data.resolution, multiple, square=not data.aspect_ratios)
-    scan = scan_images(data.folder, table, max_crop=data.max_crop)
-    records = scan.records[:: data.every]
-    held_out = [record for record in records if _share(record.id, config.seed) < data.validation]
-    names = {record.id for record in held_out}
-    train = [record for record in records if record.id not in names]
-    if not train:
-        raise InputError(f"data.validation {data.validation} holds out all {len(records)} images")
+    found = scan(data, make_table(config))
+    records = found.records[:: data.every]
+    held = choose_held_out(np.array([derive_seed(r.id) for r in records]), config)
+    train = [record for record, out in zip(records, held, strict=True) if not out]
+    held_out = [record for record, out in zip(records, held, strict=True) if out]
 
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    encoder = TextEncoder.load(config.text, dtype=dtype, device=accelerator.device)
-    if encoder.width != config.model.caption_channels:
-        raise InputError(
-            f"text.model {config.text.model} has states of width {encoder.width}, "
-            f"model.caption_channels is {config.model.caption_channels}; set it to {encoder.width}"
-        )
+    encoder = load_encoder(config, accelerator)
     texts = sorted({caption for record in records for caption in record.captions} | set(config.prompts))
     cut = sum(count > config.text.length for count in encoder.count_tokens(texts))
     captions = encode_captions(encoder, texts, dtype=getattr(torch, data.text_dtype))
     null = encode_null(encoder)
     encoder.close()
 
-    report = [f"data {data.folder}:", scan.describe()]
-    if data.every > 1:
-        report.append(f"every {data.every}th of them is used: {len(records)}")
-    if held_out:
-        report.append(f"{len(held_out)} held out for validation, {len(train)} to train on")
+    report = [f"data {data.folder}:", found.describe(), *describe_split(config, len(train), len(held_out))]
     if cut:
         report.append(f"{cut} of {len(texts)} captions are longer than {config.text.length} tokens and are cut")
-    return Data(train, held_out, captions, null, "\n".join(report))
+    sizes = sorted({(record.bucket.height, record.bucket.width) for record in records})
+
+    def part(records: list[Record]) -> Part:
+        dataset = ImageDataset(
+            records, captions, seed=config.seed, latent_channels=config.vae.latent_channels,
+            downsample=config.vae.downsample, flip=data.flip, random_crop=data.random_crop,
+            posterior_mean=data.posterior == "mean", cache=data.cache,
+        )  # fmt: skip
+        numbers = np.array([sizes.index((r.bucket.height, r.bucket.width)) for r in records], dtype=np.int16)
+        return Part(dataset, numbers, [(len(records), 1.0)])
+
+    return Data(part(train), part(held_out), captions, null, train, "\n".join(report))
+
+
+def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
+    """Open the stores and split off the held-out samples; the text encoder is loaded only for prompts they lack."""
+    data = config.data
+    repeats = {**({data.features: 1.0} if data.features else {}), **data.mix}
+    stores = [FeatureStore(folder) for folder in repeats]
+    table = make_table(config)
+    report = []
+    for folder, store in zip(repeats, stores, strict=True):
+        check_fits(store, config, table, autoencoder)
+        report.append(
+            f"features {folder}: {len(store):,} samples, {store.manifest['captions']:,} captions, "
+            f"{len(store.manifest['problems'])} left out"
+        )
+        if (encoded := store.manifest["text"]["model"]) != config.text.model:
+            report.append(f"  its captions were encoded by '{encoded}', text.model is '{config.text.model}'")
+
+    chosen = [np.arange(len(store), dtype=np.int32)[:: data.every] for store in stores]
+    held = [choose_held_out(store.hashes[part], config) for store, part in zip(stores, chosen, strict=True)]
+
+    def part(which: list[np.ndarray]) -> Part:
+        numbers = np.concatenate([store.bucket_numbers[part] for store, part in zip(stores, which, strict=True)])
+        sets = [(len(part), often) for part, often in zip(which, repeats.values(), strict=True)]
+        dataset = FeatureDataset(
+            stores, which, seed=config.seed, flip=data.flip, posterior_mean=data.posterior == "mean"
+        )
+        return Part(dataset, numbers, sets)
+
+    train = part([numbers[~out] for numbers, out in zip(chosen, held, strict=True)])
+    held_out = part([numbers[out] for numbers, out in zip(chosen, held, strict=True)])
+    report += describe_split(config, len(train), len(held_out))
+    captions, null = prompt_states(config, accelerator, stores[0])
+    return Data(train, held_out, captions, null, [], "\n".join(report))
+
+
+def check_fits(store: FeatureStore, config: TrainConfig, table: list[Bucket], autoencoder: Autoencoder) -> None:
+    """Refuse a store that was made for another configuration, with both values.
+
+    Raises:
+        InputError: names everything that differs.
+    """
+    manifest, data = store.manifest, config.data
+    vae, text = manifest["vae"], manifest["text"]
+    pairs = [
+        ("data.resolution", manifest["resolution"], data.resolution),
+        ("the buckets", _sizes(store.buckets), _sizes(table)),
+        ("the autoencoder's channels", vae["latent_channels"], config.vae.latent_channels),
+        ("the autoencoder's scaling factor", vae["scale"], autoencoder.scale),
+        ("the autoencoder's weights", vae["weights"], autoencoder_fingerprint(autoencoder)),
+        ("the width of text states (model.caption_channels)", text["width"], config.model.caption_channels),
+        ("text.length", manifest["text_length"], config.text.length),
+        ("text.clean", manifest["text_clean"], config.text.clean),
+    ]
+    differing = [f"{name}: {there} there, {here} here" for name, there, here in pairs if there != here]
+    if data.flip and not store.mirrored:
+        differing.append("data.flip is on, it has no mirrored latents (extract.mirrored)")
+    if data.random_crop:
+        differing.append("data.random_crop is on, latents have one crop")
+    if differing:
+        raise InputError(f"features {store.folder} do not fit this configuration: {'; '.join(differing)}")
+
+
+def _sizes(table: list[Bucket]) -> str:
+    sizes = sorted((bucket.height, bucket.width) for bucket in table)
+    return f"{len(sizes)}, from {sizes[0][0]}×{sizes[0][1]} to {sizes[-1][0]}×{sizes[-1][1]}"
+
+
+def prompt_states(config: TrainConfig, accelerator: Accelerator, store: FeatureStore) -> tuple[Captions, Tensor | None]:
+    """States of the config's prompts and the null caption, from the store as far as it has them."""
+    states = {prompt: store.prompt(prompt) for prompt in config.prompts}
+    if missing := [prompt for prompt, found in states.items() if found is None]:
+        encoder = load_encoder(config, accelerator)
+        here, there = fingerprint(encoder.model), store.manifest["text"]["weights"]
+        if there not in (here, UNKNOWN):
+            raise InputError(
+                f"features {store.folder} were encoded by another text encoder than {config.text.model} "
+                f"(weights {there} there, {here} here), which the prompts need that the store does not hold"
+            )
+        encoded = encode_captions(encoder, missing, dtype=getattr(torch, config.data.text_dtype))
+        encoder.close()
+        states |= {prompt: encoded[prompt] for prompt in missing}
+    captions = Captions(list(states.values()), {prompt: i for i, prompt in enumerate(states)})
+    if config.text.null == "buffer":
+        return captions, None
+    null, tokens = store.null_states()
+    return captions, null if config.text.null == "empty" else null[:tokens]
+
+
+def load_encoder(config: TrainConfig, accelerator: Accelerator) -> TextEncoder:
+    """The text encoder, if its states fit the model."""
+    encoder = TextEncoder.load(config.text, dtype=encoder_dtype(accelerator.device), device=accelerator.device)
+    if encoder.width != config.model.caption_channels:
+        raise InputError(
+            f"text.model {config.text.model} has states of width {encoder.width}, "
+            f"model.caption_channels is {config.model.caption_channels}; set it to {encoder.width}"
+        )
+    return encoder
+
+
+def choose_held_out(hashes: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Which samples are held out: a property of an id and the seed, so that adding images moves none across the split.
+
+    `hashes` are `derive_seed(id)`; mixed with the seed's by the finaliser of splitmix64 (Steele et al. 2014).
+    """
+    with np.errstate(over="ignore"):
+        x = hashes.astype(np.uint64) ^ np.uint64(derive_seed(config.seed, "split"))
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    held = x / 2.0**64 < config.data.validation
+    if held.all():
+        raise InputError(f"data.validation {config.data.validation} holds out all {len(held)} images")
+    return held
+
+
+def describe_split(config: TrainConfig, train: int, held_out: int) -> list[str]:
+    lines = []
+    if config.data.every > 1:
+        lines.append(f"every {config.data.every}th of them is used: {train + held_out}")
+    if held_out:
+        lines.append(f"{held_out} held out for validation, {train} to train on")
+    return lines
 
 
 def make_batches(
     config: TrainConfig, accelerator: Accelerator, data: Data, position: int
 ) -> tuple[BucketBatches, DataLoader]:
     """This process's micro-batches from global batch `position` on."""
-    sizes = sorted({(record.bucket.height, record.bucket.width) for record in data.train})
     batches = BucketBatches(
-        [sizes.index((record.bucket.height, record.bucket.width)) for record in data.train],
+        data.train.buckets,
         config.train.batch_size,
         seed=config.seed,
+        sets=data.train.sets,
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         accumulation=config.train.accumulation,
@@ -84,28 +248,10 @@ def make_batches(
         position=position,
     )
     return batches, DataLoader(
-        make_dataset(config, data, data.train),
+        data.train.dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(collate, length=config.text.length),
         num_workers=config.data.workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=config.data.workers > 0,
     )
-
-
-def make_dataset(config: TrainConfig, data: Data, records: list[Record]) -> ImageDataset:
-    return ImageDataset(
-        records,
-        data.captions,
-        seed=config.seed,
-        latent_channels=config.vae.latent_channels,
-        downsample=config.vae.downsample,
-        flip=config.data.flip,
-        random_crop=config.data.random_crop,
-        cache=config.data.cache,
-    )
-
-
-def _share(name: str, seed: int) -> float:
-    """A number in [0, 1) that belongs to an image: adding images does not move others across the split."""
-    return derive_seed(seed, name, "split") / 2**63

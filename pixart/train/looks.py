@@ -8,7 +8,6 @@ from pixart.data.dataset import collate
 from pixart.grid import contact_sheet
 from pixart.pipeline import sample_latents, to_images
 from pixart.train.config import TrainConfig
-from pixart.train.data import make_dataset
 from pixart.train.setup import Session
 from pixart.train.step import batch_losses
 
@@ -17,24 +16,20 @@ from pixart.train.step import batch_losses
 def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     """Loss of the averaged weights on the held-out images, in all and by quarter of the times, under fixed noise."""
     state, held_out = session.state, session.data.held_out
-    dataset = make_dataset(config, session.data, held_out)
     sums, counts = torch.zeros(4), torch.zeros(4)
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, record in enumerate(held_out):
-        by_size.setdefault((record.bucket.height, record.bucket.width), []).append(i)
     size = max(config.train.batch_size // (config.train.accumulation * state.accelerator.num_processes), 1)
-    for indices in by_size.values():
-        for start in range(0, len(indices), size):
-            # epoch -1: times and noise that no training step sees, the same at every validation
-            batch = collate([dataset[-1, i] for i in indices[start : start + size]]).to(state.accelerator.device)
-            with state.accelerator.autocast():
-                losses = batch_losses(
-                    state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
-                )
-            quarter = (batch.time * 4).long().clamp(max=3).cpu()
-            weight = batch.weight.cpu()
-            sums.index_add_(0, quarter, losses["loss"].float().cpu() * weight)
-            counts.index_add_(0, quarter, weight)
+    for samples in held_out.by_bucket(size):
+        # pass -1: times and noise that no training step sees, the same at every validation
+        batch = collate([held_out.dataset[-1, i] for i in samples], length=config.text.length)
+        batch = batch.to(state.accelerator.device)
+        with state.accelerator.autocast():
+            losses = batch_losses(
+                state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
+            )
+        quarter = (batch.time * 4).long().clamp(max=3).cpu()
+        weight = batch.weight.cpu()
+        sums.index_add_(0, quarter, losses["loss"].float().cpu() * weight)
+        counts.index_add_(0, quarter, weight)
     result = {"validation_loss": (sums.sum() / counts.sum()).item()}
     for i in range(4):
         if counts[i]:

@@ -28,7 +28,7 @@ from pixart.train.watch import check_trackers, start_trackers
 FREE_TO_CHANGE = {
     "output", "resume", "sample", "prompts", "evaluate", "train.steps", "train.accumulation", "train.compile",
     "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every", "train.save_every",
-    "train.keep", "train.trackers", "data.workers", "data.cache", "data.folder",
+    "train.keep", "train.trackers", "data.workers", "data.cache", "data.folder", "data.features", "extract",
 }  # fmt: skip
 
 
@@ -54,7 +54,8 @@ def start(config: TrainConfig) -> Session:
     check_shapes(config)
     accelerator = make_accelerator(config)
     run, checkpoint = open_run(config, accelerator)
-    data = load_data(config, accelerator)
+    autoencoder = load_autoencoder(config.vae, device=accelerator.device)
+    data = load_data(config, accelerator, autoencoder)
     accelerator.print(data.report)
     state = build_state(config, accelerator, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
@@ -67,7 +68,6 @@ def start(config: TrainConfig) -> Session:
         f"{accelerator.num_processes} × {accelerator.device.type}; output {run}"
     )
     start_trackers(accelerator, config)
-    autoencoder = load_autoencoder(config.vae, device=accelerator.device)
     return Session(run, data, state, loader, make_schedule(config.diffusion), autoencoder, checkpoint is not None)
 
 

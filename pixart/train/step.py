@@ -69,7 +69,9 @@ def batch_losses(
     network, model, batch: Batch, schedule: Schedule, autoencoder: Autoencoder, config: TrainConfig, *, dropout=True
 ) -> dict[str, Tensor]:
     """Losses (B,) of a batch under its own times and noise; `network` is called, `model` holds the null caption."""
-    latents = autoencoder.encode(batch.pixels, batch.posterior_noise)
+    latents = batch.latents
+    if latents is None:
+        latents = autoencoder.encode(batch.pixels, batch.posterior_noise)
     t = schedule.draw_times(batch.time, config.diffusion)
     caption = batch.caption
     if dropout and config.train.caption_dropout:
