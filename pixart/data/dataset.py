@@ -105,7 +105,7 @@ class ImageDataset(Dataset):
             "noise": noise,
             "posterior_noise": posterior_noise,
             "time": time,
-            "caption": self.captions[record.captions[int(caption * len(record.captions))]],
+            "caption": self.captions[record.choose(caption)],
             "drop": drop,
             "size": (float(record.height), float(record.width)),
             "aspect_ratio": record.bucket.ratio,
@@ -119,7 +119,7 @@ class ImageDataset(Dataset):
             return self._cache[index], None
         record = self.records[index]
         try:
-            image = load_image(record.path, record.bucket, crop=crop)
+            image = load_image(record.picture, record.bucket, crop=crop)
         except UNREADABLE as error:
             return np.zeros((record.bucket.height, record.bucket.width, 3), np.uint8), f"unreadable: {error}"
         if self._cache is not None:

@@ -7,11 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pixart.buckets import bucket_table
 from pixart.data.batches import BucketBatches, derive_seed
 from pixart.data.dataset import Captions, ImageDataset, collate, encode_captions
-from pixart.data.images import Record, scan_images
+from pixart.data.images import Record
 from pixart.data.openmoji import build_openmoji
+from pixart.data.sources import make_table, scan
 from pixart.errors import InputError
 from pixart.model.text import TextEncoder
 from pixart.pipeline import encode_null
@@ -36,9 +36,8 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
         with accelerator.main_process_first():
             build_openmoji(data.folder)
     multiple = config.model.patch_size * config.vae.downsample
-    table = bucket_table(data.resolution, multiple, square=not data.aspect_ratios)
-    scan = scan_images(data.folder, table, max_crop=data.max_crop)
-    records = scan.records[:: data.every]
+    found = scan(data, make_table(data, multiple))
+    records = found.records[:: data.every]
     held_out = [record for record in records if _share(record.id, config.seed) < data.validation]
     names = {record.id for record in held_out}
     train = [record for record in records if record.id not in names]
@@ -58,7 +57,7 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
     null = encode_null(encoder)
     encoder.close()
 
-    report = [f"data {data.folder}:", scan.describe()]
+    report = [f"data {data.folder}:", found.describe()]
     if data.every > 1:
         report.append(f"every {data.every}th of them is used: {len(records)}")
     if held_out:
