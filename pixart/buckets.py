@@ -1,5 +1,6 @@
 """The one table of picture sizes for many aspect ratios (the authors' 40 sizes of about 1024² pixels)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pixart.errors import InputError
@@ -56,6 +57,27 @@ def bucket_table(resolution: int, multiple: int, *, square: bool = False) -> lis
         if size not in table or abs(ratio - size[0] / size[1]) < abs(table[size].ratio - size[0] / size[1]):
             table[size] = Bucket(ratio, *size)
     return list(table.values())
+
+
+def own_buckets(sizes: Sequence[tuple[int, int]], multiple: int) -> list[Bucket]:
+    """A table of one's own, (height, width) in pixels; ratios are rounded as the authors round theirs.
+
+    Raises:
+        InputError: a size does not fit `multiple`, or two have one rounded ratio: pictures go to the nearest ratio, so
+            the second would stay empty.
+    """
+    table: dict[float, Bucket] = {}
+    for height, width in sizes:
+        if min(height, width) <= 0 or height % multiple or width % multiple:
+            raise InputError(f"buckets: {height}×{width} is not of multiples of {multiple}, the pixels of one token")
+        bucket = Bucket(round(height / width, 2), height, width)
+        if other := table.get(bucket.ratio):
+            raise InputError(
+                f"buckets: {other.height}×{other.width} and {height}×{width} both have the ratio {bucket.ratio}; "
+                "keep one of them"
+            )
+        table[bucket.ratio] = bucket
+    return sorted(table.values(), key=lambda bucket: bucket.ratio)
 
 
 def nearest_bucket(table: list[Bucket], height: int, width: int) -> Bucket:

@@ -13,7 +13,7 @@ from pixart.data.store import verify
 from pixart.errors import InputError
 from pixart.extract import Share, convert_official, extract, find_device, summarize
 from pixart.train.config import TrainConfig
-from pixart.train.data import make_table
+from pixart.train.data import run_table
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
         return 1 if damage else 0
     share = Share(*cli.find_share(arguments.rank, arguments.ranks))
     common = {"share": share, "say": lambda text: print(text, file=sys.stderr)}
-    sections = (config.data, make_table(config), config.vae, config.text, config.extract)
+    sections = (config.data, run_table(config), config.vae, config.text, config.extract)
     if arguments.official:
         result = convert_official(arguments.official, *sections, **common)
     else:

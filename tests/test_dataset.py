@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 
 from pixart.buckets import Bucket, bucket_table
 from pixart.data.batches import BucketBatches
+from pixart.data.config import DataConfig
 from pixart.data.dataset import Batch, Captions, ImageDataset, collate, encode_captions
-from pixart.data.images import Record, scan_images
+from pixart.data.images import Record
+from pixart.data.sources import scan
 from pixart.errors import InputError
 
 RANDOM = ("noise", "posterior_noise", "time", "drop")
@@ -38,7 +40,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def records(emoji_folder) -> list[Record]:
-    return scan_images(emoji_folder, bucket_table(32, 8, square=True)).records[::100]
+    return scan(DataConfig(str(emoji_folder)), bucket_table(32, 8, square=True)).records[::100]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def picture_record(tmp_path):
     def make(width=48, height=32, bucket=Bucket(1.0, 16, 16), captions=("a",), name="p.png") -> Record:  # noqa: B008
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / name)
-        return Record(name, tmp_path / name, captions, height, width, bucket)
+        return Record(name, tmp_path / name, captions, (1 / len(captions),) * len(captions), height, width, bucket)
 
     return make
 
@@ -150,7 +152,7 @@ def test_noise_has_the_shape_of_the_latents(picture_record):
 def test_pixels_are_the_pictures_from_minus_one_to_one_exactly(make, records):
     dataset = make()
     for index, record in enumerate(records):
-        image = torch.from_numpy(np.array(Image.open(record.path).convert("RGB"))).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(Image.open(record.picture).convert("RGB"))).permute(2, 0, 1)
         pixels = dataset[0, index]["pixels"]
         assert pixels.dtype == torch.float32
         assert torch.equal(((pixels.double() + 1) * 127.5).round().to(torch.uint8), image)
@@ -176,7 +178,7 @@ def test_flip_mirrors_half_of_the_pictures_and_leaves_the_rest(picture_record):
 def test_random_crops_cover_what_is_left_over_and_a_centre_crop_is_in_the_middle(picture_record):
     record = picture_record(48, 16, Bucket(1.0, 16, 16))
     captions = Captions([torch.ones(1, 2)], {"a": 0})
-    original = torch.from_numpy(np.array(Image.open(record.path))).permute(2, 0, 1).float() / 127.5 - 1
+    original = torch.from_numpy(np.array(Image.open(record.picture))).permute(2, 0, 1).float() / 127.5 - 1
     windows = original.unfold(2, 16, 1).permute(2, 0, 1, 3)  # (33, 3, 16, 16)
 
     def left(pixels: torch.Tensor) -> int:
@@ -196,8 +198,8 @@ def test_the_cache_gives_the_same_and_reads_a_file_once(make, records, tmp_path)
         for key in [(0, 0), (1, 0), (0, 4)]:
             assert same(plain[key], cached[key])
     copy = tmp_path / "copy.png"
-    copy.write_bytes(records[0].path.read_bytes())
-    dataset = ImageDataset([dataclasses.replace(records[0], path=copy)], plain.captions, seed=0, latent_channels=4,
+    copy.write_bytes(records[0].picture.read_bytes())
+    dataset = ImageDataset([dataclasses.replace(records[0], picture=copy)], plain.captions, seed=0, latent_channels=4,
                            downsample=8, cache=True)  # fmt: skip
     before = dataset[0, 0]
     before["pixels"].zero_()  # whoever changes a sample does not change the cache
@@ -228,11 +230,11 @@ def test_reading_a_sample_is_silent(make, flip):
 def test_an_unreadable_picture_gets_weight_zero_and_is_named(picture_record, monkeypatch, damage):
     record = picture_record()
     if damage == "gone":
-        record.path.unlink()
+        record.picture.unlink()
     elif damage == "empty":
-        record.path.write_bytes(b"")
+        record.picture.write_bytes(b"")
     elif damage == "truncated":
-        record.path.write_bytes(record.path.read_bytes()[:1500])
+        record.picture.write_bytes(record.picture.read_bytes()[:1500])
     else:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     good = picture_record(8, 8, name="good.png") if damage != "bomb" else dataclasses.replace(record, id="also.png")
@@ -251,13 +253,13 @@ def test_an_unreadable_picture_gets_weight_zero_and_is_named(picture_record, mon
 
 def test_a_picture_that_is_back_is_used_again_with_a_cache(picture_record):
     record = picture_record()
-    content = record.path.read_bytes()
-    record.path.write_bytes(b"")
+    content = record.picture.read_bytes()
+    record.picture.write_bytes(b"")
     dataset = ImageDataset(
         [record], Captions([torch.ones(2, 3)], {"a": 0}), seed=0, latent_channels=4, downsample=8, cache=True
     )
     assert dataset[0, 0]["weight"] == 0.0
-    record.path.write_bytes(content)
+    record.picture.write_bytes(content)
     assert dataset[0, 0]["weight"] == 1.0
     assert dataset[0, 0]["problem"] is None
 

@@ -16,8 +16,10 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from pixart.buckets import Bucket, bucket_table
-from pixart.data.images import UNREADABLE, check_unreadable, load_image, scan_images, to_rgb
+from pixart.data.config import DataConfig
+from pixart.data.images import UNREADABLE, ScanReport, check_unreadable, load_image, to_rgb
 from pixart.data.openmoji import build_openmoji, openmoji_captions
+from pixart.data.sources import scan
 from pixart.errors import InputError
 
 SQUARE = bucket_table(64, 16, square=True)
@@ -60,6 +62,10 @@ def with_metadata(folder, rows: list[dict] | str, name: str = "metadata.jsonl"):
     (folder / name).write_text(text, encoding="utf-8")
 
 
+def scan_images(folder, table, **options) -> ScanReport:
+    return scan(DataConfig(str(folder), format="folder", **options), table)
+
+
 def refused(folder, table=SQUARE, **options) -> str:
     with pytest.raises(InputError) as caught:
         scan_images(folder, table, **options)
@@ -77,7 +83,11 @@ def test_openmoji_has_1918_captioned_pictures(emoji_folder):
     captions = {record.id: record.captions for record in report.records}
     assert captions["1F34D.png"] == ("pineapple",)
     assert captions["1F1E6-1F1F1.png"] == ("flag: Albania",)
-    assert report.describe().splitlines() == ["1918 images in 1 bucket (height × width: images)", "  32×32: 1918"]
+    assert report.describe().splitlines() == [
+        "read as folder; captions: text",
+        "1918 images in 1 bucket (height × width: images)",
+        "  32×32: 1918",
+    ]
     assert "OpenMoji" in (emoji_folder / "LICENSE.txt").read_text()
 
 
@@ -343,7 +353,7 @@ def test_damaged_files_give_pixels_or_one_of_the_known_errors(tmp_path_factory, 
             assert "unreadable: " in str(error) or "cropped away" in str(error)  # noqa: PT017
             return
         with suppress(*UNREADABLE):
-            assert load_image(record.path, record.bucket).shape == (64, 64, 3)
+            assert load_image(record.picture, record.bucket).shape == (64, 64, 3)
 
 
 # --------------------------------------------------------------------------------------------------- the report
@@ -358,6 +368,7 @@ def test_report_says_how_many_in_which_bucket_how_many_are_enlarged_and_what_is_
     with_caption(tmp_path, "mute.png", picture(), None)
     report = scan_images(tmp_path, MANY)
     assert report.describe().splitlines() == [
+        "read as folder; captions: text",
         "5 images in 2 buckets (height × width: images)",
         "  176×352: 1, 256×256: 4",
         "  1 are smaller than their bucket and are enlarged",
@@ -374,7 +385,7 @@ def test_report_names_the_first_twenty_and_counts_the_rest(tmp_path):
         with_caption(tmp_path, f"b{i:02}.png", b"", None)
     lines = scan_images(tmp_path, SQUARE).describe().splitlines()
     assert lines[-1] == "  … and 3 more"
-    assert len(lines) == 2 + 1 + 1 + 20 + 1
+    assert len(lines) == 3 + 1 + 1 + 20 + 1
 
 
 @pytest.mark.parametrize(
@@ -410,7 +421,7 @@ def test_exif_rotation_is_applied_and_scan_and_load_agree_on_the_size(tmp_path, 
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)  # fmt: skip
     expected = picture(60, 40) if turn is None else picture(60, 40).transpose(turn)
-    image = load_image(record.path, Bucket(1.0, record.height, record.width))
+    image = load_image(record.picture, Bucket(1.0, record.height, record.width))
     assert np.abs(image.astype(int) - np.asarray(expected).astype(int)).max() <= (12 if kind == "JPEG" else 0)
 
 

@@ -1,18 +1,27 @@
 """Settings of a run's data."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from pixart.errors import InputError
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    folder: str  # of the pictures and their captions; see `pixart.data.sources`
+    folder: str  # or one file: a .json list, a .tar shard, a .parquet, one .txt of a SAM partition
     # a feature store: `scripts/extract.py` makes it of `folder`, training then reads it and nothing of `folder`
     features: str | None = None
     mix: dict[str, float] = field(default_factory=dict)  # further stores → how often an epoch shows each, 1 is once
+    format: Literal["auto", "folder", "webdataset", "datasets", "official", "sam"] = "auto"
+    # caption field, or .jsonl file of scripts/caption.py → how often it is taken; empty is the first of text, caption,
+    # captions, prompt that there is
+    captions: dict[str, float] = field(default_factory=dict)
+    images: str | None = None  # where the paths of an official list start; by the official rule if it is not told
     prepare: Literal["openmoji"] | None = None  # make the folder's content, if it is not there yet
     resolution: int = 256  # side in pixels of the square bucket
     aspect_ratios: bool = False  # all of the table's buckets, not the square one alone
+    buckets: tuple[tuple[int, int], ...] = ()  # a table of one's own instead: (height, width) in pixels
     every: int = 1  # train on every n-th image, in the order of their ids
     validation: float = 0.0  # share of the images held out for the validation loss
     flip: bool = False
@@ -23,3 +32,11 @@ class DataConfig:
     workers: int = 2  # processes that read images; 0 reads in the training process
     cache: bool = False  # keep decoded images in memory
     text_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of stored caption states
+
+    def __post_init__(self):
+        if bad := [name for name, weight in self.captions.items() if not 0 <= weight < math.inf]:
+            raise InputError(f"data.captions: {bad[0]} has the weight {self.captions[bad[0]]}, expected 0 or more")
+        if self.captions and not any(self.captions.values()):
+            raise InputError("data.captions: all weights are 0, so no caption would ever be taken")
+        if self.buckets and self.aspect_ratios:
+            raise InputError("data.buckets is a table of its own; leave data.aspect_ratios out")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pixart.data.batches import Key, derive_seed
-from pixart.data.images import UNREADABLE, Record, load_image
+from pixart.data.images import UNREADABLE, Record, choose, load_image
 from pixart.data.store import Features, FeatureStore
 from pixart.errors import InputError
 
@@ -237,16 +237,6 @@ def pad_length(longest: int, length: int | None) -> int:
     if length is None:
         return longest
     return max(longest, min(next((step for step in CAPTION_LENGTHS if step >= longest), length), length))
-
-
-def choose(options: Sequence, weights: Sequence[float], u: float):
-    """The option at u in [0, 1) along the weights, which sum to 1."""
-    if min(weights) == max(weights):
-        return options[int(u * len(options))]
-    for option, weight in zip(options, weights, strict=True):
-        if (u := u - weight) < 0:
-            return option
-    return options[-1]  # the weights' rounding
 
 
 def encode_captions(encoder, captions: Sequence[str], *, dtype: torch.dtype, batch_size: int = 64) -> Captions:

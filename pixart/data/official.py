@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pixart.buckets import Bucket
 from pixart.data.batches import derive_seed
 from pixart.data.images import Record
-from pixart.data.store import Features
+from pixart.data.store import UNKNOWN, Features
 from pixart.errors import InputError
 
 LISTS = ("data_info.json", "partition/data_info.json")
@@ -29,6 +29,7 @@ class OfficialFeatures:
     """An official feature folder with the interface of a `FeatureStore`. For more than a trial, convert it."""
 
     mirrored = False
+    text_weights = UNKNOWN
 
     def __init__(self, folder: str | Path, table: list[Bucket], *, resolution: int, downsample: int, scale: float):
         """Read the list and the headers of all latents.
@@ -96,6 +97,15 @@ class OfficialFeatures:
 
     def text(self, number: int) -> str:
         return self.records[number].captions[0]
+
+    def prompt(self, text: str) -> Tensor | None:
+        return None
+
+    def null_states(self) -> tuple[Tensor, int]:
+        raise InputError(f"{self.folder}: official features have no null states; set text.null to buffer")
+
+    def describe(self) -> str:
+        return f"{len(self):,} samples in the authors' layout, {len(self.problems)} left out"
 
 
 def is_official(folder: str | Path) -> bool:

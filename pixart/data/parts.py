@@ -36,7 +36,8 @@ class PartFile:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error})") from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a lock of the process, not of the open file: workers that outlive a kill do not hold it
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise InputError(

@@ -27,6 +27,7 @@ from pixart.disk import MANIFEST, digest_file, digest_text
 from pixart.errors import InputError
 
 VERSION = 1
+UNKNOWN = "unknown"  # what features do not say of the models that made them
 INDEX, PROMPTS = "index.safetensors", "prompts.safetensors"
 OPEN_SHARDS = 2048  # mapped at once in a process; systems allow some 65,000
 
@@ -70,6 +71,19 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return len(self.bucket_numbers)
+
+    def describe(self) -> str:
+        """A line for a person."""
+        manifest, text = self.manifest, self.manifest["text"]
+        return (
+            f"{len(self):,} samples, {manifest['captions']:,} captions encoded by {text['model']}, "
+            f"{len(manifest['problems'])} left out"
+        )
+
+    @property
+    def text_weights(self) -> str:
+        """Fingerprint of the text encoder that made the states."""
+        return self.manifest["text"]["weights"]
 
     def get(self, index: int, *, mirrored: bool = False) -> Features:
         """Sample `index`; `mirrored` takes the latents of the mirrored picture."""

@@ -42,7 +42,7 @@ def retrieval(
             captions, list(range(seed, seed + len(captions))), config, height=bucket.height, width=bucket.width,
             batch_size=64, truncate=True, progress=bar.update,
         )  # fmt: skip
-    originals = [Image.fromarray(load_image(record.path, bucket)) for record in records]
+    originals = [Image.fromarray(load_image(record.picture, bucket)) for record in records]
     nearest = nearest_pictures(samples, originals)
     hits = [i == index for i, index in enumerate(nearest)]
     sheet = contact_sheet(

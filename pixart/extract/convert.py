@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pixart.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.official import OfficialFeatures
-from pixart.data.store import PROMPTS
+from pixart.data.store import PROMPTS, UNKNOWN
 from pixart.disk import write_file
 from pixart.errors import InputError
 from pixart.extract.build import (
@@ -29,8 +29,6 @@ from pixart.extract.build import (
 from pixart.extract.run import ExtractConfig, Result, describe_vae, make_plan
 from pixart.model.autoencoder import AutoencoderConfig, load_autoencoder
 from pixart.model.text import TextConfig
-
-UNKNOWN = "unknown"  # the files do not say which text encoder made them
 
 
 def convert_official(

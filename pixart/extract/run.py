@@ -90,11 +90,11 @@ def extract(
     folder, share, device = Path(data.features), share or Share(), torch.device(device)
     found = scan(data, table)
     say(f"data {data.folder}: {found.describe()}")
-    records = found.records
+    records = found.records[:: data.every]
     captions = sorted({c for r in records for c in r.captions}, key=lambda caption: (len(caption), caption))
     plan = make_plan(table, options, data, text, records, captions)
     agree(folder / PLAN, plan, "plan")
-    if not unsealed(folder, plan):
+    if not unsealed(folder, plan) and _has_prompts(folder, prompts):
         return Result(folder, finish(folder, plan, found.problems), [])
 
     _encode_texts(folder, plan, text, captions, prompts, share, device)
@@ -122,6 +122,7 @@ def make_plan(
     return {
         "buckets": [[bucket.ratio, bucket.height, bucket.width] for bucket in table],
         "resolution": data.resolution,
+        "every": data.every,
         "text_length": text.length,
         "text_clean": text.clean,
         "samples": len(records),
@@ -198,9 +199,10 @@ def summarize(result: Result) -> str:
             f"the first is {result.missing[0]}"
         )
     manifest = result.manifest
-    size, samples = sum(file["bytes"] for file in manifest["files"].values()), manifest["samples"]
+    samples, captions, files = (manifest[name] for name in ("samples", "captions", "files"))
+    size = sum(file["bytes"] for file in files.values())
     lines = [
-        f"{result.folder}: {samples:,} samples and {manifest['captions']:,} captions in {len(manifest['files'])} files, "
+        f"{result.folder}: {samples:,} samples, {captions:,} captions, {len(manifest['files'])} files, "
         f"{size / 1e6:,.1f} MB, {size / max(samples, 1):,.0f} bytes a sample"
     ]
     if problems := manifest["problems"]:
@@ -239,7 +241,8 @@ class PictureEncoder:
         """
         if not len(pixels):
             return torch.empty(0, dtype=self.dtype)
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+        # contiguous, as training has them: in channels-last order torch's group norm loses digits on flat pictures
+        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
         variants = [pixels, pixels.flip(-1)] if self.mirrored else [pixels]
         moments = [torch.stack(self.autoencoder.moments(variant), 1) for variant in variants]
         return torch.stack(moments, 1).to("cpu", self.dtype)

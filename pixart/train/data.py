@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixart.buckets import Bucket, bucket_table
+from pixart.buckets import Bucket
 from pixart.data.batches import BucketBatches, derive_seed
 from pixart.data.dataset import Captions, FeatureDataset, ImageDataset, collate, encode_captions
 from pixart.data.images import Record
+from pixart.data.official import OfficialFeatures, is_official
 from pixart.data.openmoji import build_openmoji
-from pixart.data.sources import scan
-from pixart.data.store import FeatureStore
+from pixart.data.sources import make_table, scan
+from pixart.data.store import UNKNOWN, FeatureStore
 from pixart.errors import InputError
 from pixart.extract import autoencoder_fingerprint, encoder_dtype, fingerprint
-from pixart.extract.convert import UNKNOWN
 from pixart.model.autoencoder import Autoencoder
 from pixart.model.text import TextEncoder
 from pixart.pipeline import encode_null
@@ -67,10 +67,9 @@ def load_data(config: TrainConfig, accelerator: Accelerator, autoencoder: Autoen
     return load_pictures(config, accelerator)
 
 
-def make_table(config: TrainConfig) -> list[Bucket]:
-    """The buckets that the pictures are sorted into."""
-    multiple = config.model.patch_size * config.vae.downsample
-    return bucket_table(config.data.resolution, multiple, square=not config.data.aspect_ratios)
+def run_table(config: TrainConfig) -> list[Bucket]:
+    """The buckets that a run's pictures are sorted into."""
+    return make_table(config.data, config.model.patch_size * config.vae.downsample)
 
 
 def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
@@ -79,7 +78,7 @@ def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
     if data.prepare == "openmoji":
         with accelerator.main_process_first():
             build_openmoji(data.folder)
-    found = scan(data, make_table(config))
+    found = scan(data, run_table(config))
     records = found.records[:: data.every]
     held = choose_held_out(np.array([derive_seed(r.id) for r in records]), config)
     train = [record for record, out in zip(records, held, strict=True) if not out]
@@ -113,20 +112,9 @@ def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Au
     """Open the stores and split off the held-out samples; the text encoder is loaded only for prompts they lack."""
     data = config.data
     repeats = {**({data.features: 1.0} if data.features else {}), **data.mix}
-    stores = [FeatureStore(folder) for folder in repeats]
-    table = make_table(config)
-    report = []
-    for folder, store in zip(repeats, stores, strict=True):
-        check_fits(store, config, table, autoencoder)
-        report.append(
-            f"features {folder}: {len(store):,} samples, {store.manifest['captions']:,} captions, "
-            f"{len(store.manifest['problems'])} left out"
-        )
-        if (encoded := store.manifest["text"]["model"]) != config.text.model:
-            report.append(f"  its captions were encoded by '{encoded}', text.model is '{config.text.model}'")
-
-    chosen = [np.arange(len(store), dtype=np.int32)[:: data.every] for store in stores]
-    held = [choose_held_out(store.hashes[part], config) for store, part in zip(stores, chosen, strict=True)]
+    stores = [open_features(folder, config, autoencoder) for folder in repeats]
+    report = [f"features {folder}: {store.describe()}" for folder, store in zip(repeats, stores, strict=True)]
+    held = [choose_held_out(store.hashes, config) for store in stores]
 
     def part(which: list[np.ndarray]) -> Part:
         numbers = np.concatenate([store.bucket_numbers[part] for store, part in zip(stores, which, strict=True)])
@@ -136,23 +124,46 @@ def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Au
         )
         return Part(dataset, numbers, sets)
 
-    train = part([numbers[~out] for numbers, out in zip(chosen, held, strict=True)])
-    held_out = part([numbers[out] for numbers, out in zip(chosen, held, strict=True)])
+    train = part([np.flatnonzero(~out).astype(np.int32) for out in held])
+    held_out = part([np.flatnonzero(out).astype(np.int32) for out in held])
     report += describe_split(config, len(train), len(held_out))
     captions, null = prompt_states(config, accelerator, stores[0])
     return Data(train, held_out, captions, null, [], "\n".join(report))
 
 
-def check_fits(store: FeatureStore, config: TrainConfig, table: list[Bucket], autoencoder: Autoencoder) -> None:
-    """Refuse a store that was made for another configuration, with both values.
+def open_features(folder: str, config: TrainConfig, autoencoder: Autoencoder) -> FeatureStore | OfficialFeatures:
+    """A store, or the authors' folder, that fits the configuration.
 
     Raises:
-        InputError: names everything that differs.
+        InputError: it does not fit; names everything that differs, with both values.
     """
+    data, table, wrong = config.data, run_table(config), []
+    if is_official(folder):
+        store = OfficialFeatures(
+            folder, table, resolution=data.resolution, downsample=autoencoder.downsample, scale=autoencoder.scale
+        )
+        if (width := store.caption(0).shape[1]) != config.model.caption_channels:
+            wrong.append(f"the width of text states: {width} there, {config.model.caption_channels} here")
+    else:
+        store = FeatureStore(folder)
+        wrong += _differences(store, config, table, autoencoder)
+    if data.flip and not store.mirrored:
+        wrong.append("data.flip is on, it has no mirrored latents (extract.mirrored)")
+    if data.random_crop:
+        wrong.append("data.random_crop is on, latents have one crop")
+    if wrong:
+        raise InputError(f"features {folder} do not fit this configuration: {'; '.join(wrong)}")
+    return store
+
+
+def _differences(
+    store: FeatureStore, config: TrainConfig, table: list[Bucket], autoencoder: Autoencoder
+) -> list[str]:  # fmt: skip
     manifest, data = store.manifest, config.data
     vae, text = manifest["vae"], manifest["text"]
     pairs = [
         ("data.resolution", manifest["resolution"], data.resolution),
+        ("data.every", manifest["every"], data.every),
         ("the buckets", _sizes(store.buckets), _sizes(table)),
         ("the autoencoder's channels", vae["latent_channels"], config.vae.latent_channels),
         ("the autoencoder's scaling factor", vae["scale"], autoencoder.scale),
@@ -161,13 +172,7 @@ def check_fits(store: FeatureStore, config: TrainConfig, table: list[Bucket], au
         ("text.length", manifest["text_length"], config.text.length),
         ("text.clean", manifest["text_clean"], config.text.clean),
     ]
-    differing = [f"{name}: {there} there, {here} here" for name, there, here in pairs if there != here]
-    if data.flip and not store.mirrored:
-        differing.append("data.flip is on, it has no mirrored latents (extract.mirrored)")
-    if data.random_crop:
-        differing.append("data.random_crop is on, latents have one crop")
-    if differing:
-        raise InputError(f"features {store.folder} do not fit this configuration: {'; '.join(differing)}")
+    return [f"{name}: {there} there, {here} here" for name, there, here in pairs if there != here]
 
 
 def _sizes(table: list[Bucket]) -> str:
@@ -175,12 +180,14 @@ def _sizes(table: list[Bucket]) -> str:
     return f"{len(sizes)}, from {sizes[0][0]}×{sizes[0][1]} to {sizes[-1][0]}×{sizes[-1][1]}"
 
 
-def prompt_states(config: TrainConfig, accelerator: Accelerator, store: FeatureStore) -> tuple[Captions, Tensor | None]:
+def prompt_states(
+    config: TrainConfig, accelerator: Accelerator, store: FeatureStore | OfficialFeatures
+) -> tuple[Captions, Tensor | None]:
     """States of the config's prompts and the null caption, from the store as far as it has them."""
     states = {prompt: store.prompt(prompt) for prompt in config.prompts}
     if missing := [prompt for prompt, found in states.items() if found is None]:
         encoder = load_encoder(config, accelerator)
-        here, there = fingerprint(encoder.model), store.manifest["text"]["weights"]
+        here, there = fingerprint(encoder.model), store.text_weights
         if there not in (here, UNKNOWN):
             raise InputError(
                 f"features {store.folder} were encoded by another text encoder than {config.text.model} "
