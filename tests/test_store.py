@@ -177,7 +177,8 @@ def test_a_kill_at_any_write_changes_nothing_of_the_store(base, tmp_path, monkey
 def test_a_process_killed_five_times_and_once_on_a_full_disk_leaves_the_same_store(base, tmp_path, emoji_folder):
     """320 emoji; SIGKILL at random moments, then a file-size limit, which fails like a full disk."""
     options = {
-        "data__folder": str(emoji_folder), "data__buckets": [], "data__every": 6, "data__features": str(tmp_path / "killed"),
+        "data__folder": str(emoji_folder), "data__buckets": [], "data__every": 6,
+        "data__features": str(tmp_path / "killed"),
         "extract__samples_per_file": 120, "extract__captions_per_file": 100, "data__workers": 1,
         "extract__batch_size": 4, "extract__caption_batch": 4,
     }  # fmt: skip
@@ -277,9 +278,10 @@ def test_two_processes_with_one_share_do_not_write_one_file(base, tmp_path):
     held, release = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        PartFile(tmp_path / "store" / "parts" / "captions-00000.part")
+        part = PartFile(tmp_path / "store" / "parts" / "captions-00000.part")
         os.write(held[1], b"!")
         os.read(release[0], 1)
+        part.close()
         os._exit(0)
     os.read(held[0], 1)
     with pytest.raises(InputError, match=r"part is being written by another process.*--rank I --ranks N"):
@@ -427,7 +429,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_twenty_losses_from_the_store_are_those_from_the_pictures(base, store, tmp_path):
-    """Posterior mean, no flip. Captions are padded otherwise for the encoder, pictures batched otherwise: 4e-7 as seen."""
+    """Posterior mean, no flip. Captions are padded otherwise for the encoder, pictures batched otherwise (4e-7)."""
     options = {"train__steps": 20, "train__batch_size": 2, "data__leftovers": "drop", "prompts": ["a red fox"]}
     raw = losses(train(build(base, output=str(tmp_path / "raw"), **options)).run)
     stored = losses(train(build(base, output=str(tmp_path / "stored"), data__features=str(store), **options)).run)

@@ -116,15 +116,18 @@ def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Au
     report = [f"features {folder}: {store.describe()}" for folder, store in zip(repeats, stores, strict=True)]
     held = [choose_held_out(store.hashes, config) for store in stores]
 
-    def part(which: list[np.ndarray]) -> Part:
-        numbers = np.concatenate([store.bucket_numbers[part] for store, part in zip(stores, which, strict=True)])
-        sets = [(len(part), often) for part, often in zip(which, repeats.values(), strict=True)]
+    def part(which: list[np.ndarray | None]) -> Part:
+        numbers = [
+            store.bucket_numbers if part is None else store.bucket_numbers[part]
+            for store, part in zip(stores, which, strict=True)
+        ]
+        sets = [(len(part), often) for part, often in zip(numbers, repeats.values(), strict=True)]
         dataset = FeatureDataset(
             stores, which, seed=config.seed, flip=data.flip, posterior_mean=data.posterior == "mean"
         )
-        return Part(dataset, numbers, sets)
+        return Part(dataset, np.concatenate(numbers) if len(numbers) > 1 else numbers[0], sets)
 
-    train = part([np.flatnonzero(~out).astype(np.int32) for out in held])
+    train = part([np.flatnonzero(~out).astype(np.int32) if out.any() else None for out in held])
     held_out = part([np.flatnonzero(out).astype(np.int32) for out in held])
     report += describe_split(config, len(train), len(held_out))
     captions, null = prompt_states(config, accelerator, stores[0])
@@ -219,6 +222,8 @@ def choose_held_out(hashes: np.ndarray, config: TrainConfig) -> np.ndarray:
 
     `hashes` are `derive_seed(id)`; mixed with the seed's by the finaliser of splitmix64 (Steele et al. 2014).
     """
+    if not config.data.validation:
+        return np.zeros(len(hashes), dtype=bool)
     with np.errstate(over="ignore"):
         x = hashes.astype(np.uint64) ^ np.uint64(derive_seed(config.seed, "split"))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,0 +1,205 @@
+"""How fast training samples come: our feature store against the authors' layout; and an index of 25 million samples."""
+
+import gc
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pixart.buckets import Bucket, bucket_table
+from pixart.data.batches import BucketBatches
+from pixart.data.dataset import FeatureDataset, collate
+from pixart.data.images import Record
+from pixart.data.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
+from pixart.disk import MANIFEST
+from pixart.extract.build import EncodedBatch, Share, finish, note_file, write_captions, write_json, write_samples
+
+WIDTH, LENGTH = 4096, 120  # T5-XXL's states as PixArt-α takes them
+
+
+def make_layouts(folder: Path, resolution: int, count: int, tokens: tuple[int, int], seed: int = 0) -> None:
+    """Random latents and captions of so many tokens (from, to), as a store and as the authors' two files a sample.
+
+    The authors' captions are padded to 120 tokens and kept in fp16, their latents in fp32.
+    """
+    rng, side = np.random.default_rng(seed), resolution // 8
+    lengths = rng.integers(tokens[0], tokens[1], count, endpoint=True)
+    bucket = Bucket(1.0, resolution, resolution)
+    captions = [f"caption {i:06d}" for i in range(count)]
+    records = [
+        Record(f"{i:06d}.png", folder, (caption,), (1.0,), 1024, 1024, bucket) for i, caption in enumerate(captions)
+    ]
+    plan = {
+        "buckets": [[1.0, resolution, resolution]], "resolution": resolution, "every": 1, "text_length": LENGTH,
+        "text_clean": True, "samples": count, "captions": count, "source": "random", "mirrored": False,
+        "latent_dtype": "float16", "text_dtype": "bfloat16", "batch": 16, "caption_batch": 64,
+        "samples_per_shard": 4096, "captions_per_shard": 2048,
+    }  # fmt: skip
+    store, official = folder / "store", folder / "official"
+    store.mkdir(parents=True)
+    official.mkdir()
+    write_json(store / "vae.json", {"latent_channels": 4, "downsample": 8, "scale": 0.18215, "weights": "random"})
+    write_json(store / "text.json", {"model": "random", "width": WIDTH, "weights": "random"})
+    save_file({"null": torch.zeros(LENGTH, WIDTH), "null_tokens": torch.tensor(1)}, store / "prompts.safetensors")
+    note_file(store / "prompts.safetensors", 0, [])
+
+    def states(texts: list[str]) -> list[Tensor]:
+        return [_normal((lengths[int(text[8:])], WIDTH), seed + int(text[8:])).bfloat16() for text in texts]
+
+    def latents(batches: list[list[int]]) -> Iterator[EncodedBatch]:
+        for batch in batches:
+            both = torch.stack([_normal((1, 2, 4, side, side), i) for i in batch])
+            yield EncodedBatch(list(range(len(batch))), both.half(), [])
+
+    numbers = {caption: i for i, caption in enumerate(captions)}
+    write_captions(store, plan, captions, Share(), states, lambda _: None)
+    write_samples(store, plan, records, numbers, Share(), latents, lambda _: None)
+    finish(store, plan, [])
+    mask = np.zeros((1, LENGTH), np.int64)
+    for i in range(count):
+        mask[:] = np.arange(LENGTH) < lengths[i]
+        padded = _normal((1, LENGTH, WIDTH), seed + i).half().numpy()
+        np.savez_compressed(official / f"{i:06d}.npz", caption_feature=padded, attention_mask=mask)
+        np.save(official / f"{i:06d}.npy", _normal((8, side, side), i).numpy())
+
+
+def _normal(shape: tuple, seed: int) -> Tensor:
+    return torch.randn(*map(int, shape), generator=torch.Generator().manual_seed(seed))
+
+
+class OfficialLayout(Dataset):
+    """The authors' algorithm: a compressed `.npz` and a `.npy` a sample, padded captions, noise for the posterior."""
+
+    def __init__(self, folder: Path):
+        self.names = sorted(path.stem for path in folder.glob("*.npz"))
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.folder / self.names[index]
+        text = np.load(path.with_suffix(".npz"))
+        mean, std = torch.from_numpy(np.load(path.with_suffix(".npy"))).chunk(2)
+        return {
+            "latents": mean + std * torch.randn_like(mean),
+            "caption": torch.from_numpy(text["caption_feature"]),
+            "mask": torch.from_numpy(text["attention_mask"])[None],
+            "size": torch.tensor([1024.0, 1024.0]),
+            "aspect_ratio": 1.0,
+        }
+
+
+def throughput(folder: Path, *, batch_size: int, workers: int, cold: bool) -> dict[str, float]:
+    """Samples a second of either layout through a DataLoader, one pass in random order."""
+    count = len(list((folder / "official").glob("*.npz")))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    rates = {}
+    for name in ("official", "store"):
+        if cold:
+            drop_cache(folder / name)
+        options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+        if name == "official":
+            loader = DataLoader(OfficialLayout(folder / name), batch_size, sampler=order, drop_last=True, **options)
+        else:
+            store = FeatureStore(folder / name)
+            batches = BucketBatches(store.bucket_numbers, batch_size, seed=0)
+            loader = DataLoader(
+                FeatureDataset([store], [None], seed=0), batch_sampler=batches,
+                collate_fn=partial(collate, length=LENGTH), **options,
+            )  # fmt: skip
+        begun, seen, total = time.perf_counter(), 0, count // batch_size * batch_size
+        for batch in loader:
+            seen += len(batch["latents"] if name == "official" else batch.latents)
+            if seen >= total:
+                break
+        rates[name] = seen / (time.perf_counter() - begun)
+        del loader, batch
+        gc.collect()
+    return rates
+
+
+def drop_cache(folder: Path) -> None:
+    """Have the system forget a folder's files, so that the next read comes from the disk."""
+    os.sync()
+    for path in folder.iterdir():
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def compare_layouts(folder: Path, resolution: int, count: int, tokens: tuple[int, int], **options) -> dict:
+    """Build both layouts in `folder`, measure cold and warm, remove them."""
+    make_layouts(folder, resolution, count, tokens)
+    sizes = {name: folder_bytes(folder / name) / count for name in ("official", "store")}
+    rates = {when: throughput(folder, cold=when == "cold", **options) for when in ("cold", "warm")}
+    shutil.rmtree(folder)
+    return {"resolution": resolution, "tokens": tokens, "samples": count, "bytes": sizes, "samples_per_second": rates}
+
+
+def simulate_index(folder: Path, samples: int) -> dict[str, float]:
+    """Open a store of so many samples in 40 buckets and go on in mid-epoch; only its index is real."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    per_file, table = 4096, bucket_table(256, 16)
+    shards = -(-samples // per_file)
+    starts = np.minimum(np.arange(shards + 1, dtype=np.int64) * per_file, samples)
+    save_file(
+        {
+            "bucket": torch.from_numpy(rng.integers(0, len(table), samples, dtype=np.int16)),
+            "hash": torch.from_numpy(rng.integers(0, 2**63, samples, dtype=np.int64)),
+            "shard_start": torch.from_numpy(starts),
+        },
+        folder / INDEX,
+    )
+    names = [sample_file(i) for i in range(shards)] + [caption_file(i) for i in range(2 * shards)]
+    for name in names:
+        (folder / name).write_bytes(b"")
+    manifest = {
+        "version": VERSION, "buckets": [[b.ratio, b.height, b.width] for b in table], "mirrored": False,
+        "captions": samples, "captions_per_shard": 2048, "problems": [],
+        "files": {**{name: {"bytes": 0, "blake2b": ""} for name in names},
+                  INDEX: {"bytes": (folder / INDEX).stat().st_size, "blake2b": ""}},
+    }  # fmt: skip
+    manifest["checksum"] = digest_manifest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    before, begun = _memory(), time.perf_counter()
+    store = FeatureStore(folder)
+    batches = BucketBatches(store.bucket_numbers, 1024, seed=0)
+    opened = time.perf_counter()
+    batches.position = 3 * batches.per_epoch + batches.per_epoch // 2
+    next(iter(batches))
+    resumed = time.perf_counter()
+    next(iter(batches))
+    result = {
+        "samples": samples,
+        "open_seconds": opened - begun,
+        "resume_seconds": resumed - opened,
+        "next_batch_seconds": time.perf_counter() - resumed,
+        "bytes_per_sample": (_memory() - before) / samples,
+        "peak_bytes_per_sample": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / samples,
+    }
+    shutil.rmtree(folder)
+    return result
+
+
+def _memory() -> int:
+    """Resident bytes of this process, mapped files included."""
+    gc.collect()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
