@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,3 +198,83 @@ def test_a_batch_that_cannot_be_is_refused(global_batch, options, expected):
 def test_no_sample_at_all_is_refused():
     with pytest.raises(InputError, match=r"the fullest has 0"):
         BucketBatches([], 1, seed=0, leftovers="fill")
+
+
+# ------------------------------------------------------------------------------------------------------- several sets
+
+
+@st.composite
+def mixtures(draw):
+    """Two or three sets over two buckets, with repeats from an eighth to three."""
+    counts = draw(st.lists(st.integers(1, 30), min_size=2, max_size=3))
+    buckets = draw(st.lists(st.integers(0, 1), min_size=sum(counts), max_size=sum(counts)))
+    repeats = [draw(st.sampled_from([0.125, 0.3, 0.5, 1.0, 1.5, 3.0])) for _ in counts]
+    ranks = draw(st.integers(1, 8))
+    options = {"seed": draw(st.integers(0, 2**40)), "sets": list(zip(counts, repeats, strict=True)),
+               "leftovers": "fill"}  # fmt: skip
+    return buckets, ranks, options
+
+
+def shares_of(buckets, sets):
+    """{(set, bucket): (its samples, how many an epoch shows)}, counted by hand."""
+    shares, first = {}, 0
+    for which, (count, repeats) in enumerate(sets):
+        for bucket in (0, 1):
+            samples = [i for i in range(first, first + count) if buckets[i] == bucket]
+            shares[which, bucket] = (samples, round(repeats * len(samples)))
+        first += count
+    return shares
+
+
+@given(mixtures())
+def test_an_epoch_shows_each_set_as_often_as_its_repeats_say_and_no_key_twice(case):
+    buckets, _, options = case
+    shares = shares_of(buckets, options["sets"])
+    if not any(share for _, share in shares.values()):
+        return
+    batches = BucketBatches(buckets, 1, **options)
+    seen = Counter()
+    for epoch in range(8):
+        keys = [key for step in batches.epoch(epoch) for key in step]
+        assert len(set(keys)) == len(keys)
+        for samples, share in shares.values():
+            assert sum(index in set(samples) for _, index in keys) == share
+        seen.update(keys)
+    assert all(count == 1 for count in seen.values())  # nor in another epoch
+    for samples, share in shares.values():  # evenly: whole passes, and at most one part of a pass
+        times = Counter(index for _, index in seen if index in set(samples))
+        assert not share or max(times[i] for i in samples) - min(times[i] for i in samples) <= 1
+
+
+@given(mixtures(), st.data())
+def test_mixed_sets_resume_at_any_position_on_any_number_of_ranks(case, data):
+    buckets, ranks, options = case
+    if not any(share for _, share in shares_of(buckets, options["sets"]).values()):
+        return
+    whole = BucketBatches(buckets, ranks, **options)
+    position = data.draw(st.integers(0, 3 * whole.per_epoch))
+    expected = [batch for epoch in range(5) for batch in whole.epoch(epoch)][position : position + 6]
+    streams = [
+        take(6, BucketBatches(buckets, ranks, rank=rank, ranks=ranks, position=position, **options))
+        for rank in range(ranks)
+    ]
+    for step, batch in enumerate(expected):
+        assert [key for stream in streams for key in stream[step]] == batch
+        assert len({buckets[index] for _, index in batch}) == 1
+
+
+def test_one_set_with_repeats_of_one_is_the_order_without_sets():
+    buckets = [0] * 9 + [1] * 5
+    plain, sets = BucketBatches(buckets, 2, seed=4), BucketBatches(buckets, 2, seed=4, sets=[(14, 1.0)])
+    assert [plain.epoch(e) for e in range(3)] == [sets.epoch(e) for e in range(3)]
+
+
+def test_what_is_held_in_memory_is_twelve_bytes_a_sample():
+    buckets = np.arange(10_000, dtype=np.int16) % 40
+    batches = BucketBatches(buckets, 16, seed=0)
+    batches.batch(0, 0)
+    _, orders, turns = batches._plan
+    held = sum(part.nbytes for parts in batches.members.values() for part in parts)
+    held += sum(order.nbytes for _, order in orders)
+    assert held == 12 * 10_000
+    assert turns.nbytes <= 8 * 10_000 / 16
