@@ -578,4 +578,4 @@ def test_a_sam_folder_that_lacks_a_part_of_the_layout_is_refused(samples, tmp_pa
     (tmp_path / "other").rename(root / "captions")
     for part in (root / "partition").iterdir():
         part.unlink()
-    assert "no partition/*.txt in it" in refused(root)
+    assert "no partition/*.txt in it" in refused(root, format="sam")

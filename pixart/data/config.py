@@ -6,11 +6,13 @@ from typing import Literal
 
 from pixart.errors import InputError
 
+Format = Literal["auto", "folder", "webdataset", "datasets", "official", "sam"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
     folder: str  # or one file: a .json list, a .tar shard, a .parquet, one .txt of a SAM partition
-    format: Literal["auto", "folder", "webdataset", "datasets", "official", "sam"] = "auto"
+    format: Format = "auto"  # auto goes by the files that are there
     # caption field, or .jsonl file of scripts/caption.py → how often it is taken; empty is the first of text, caption,
     # captions, prompt that there is
     captions: dict[str, float] = field(default_factory=dict)

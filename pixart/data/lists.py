@@ -77,7 +77,7 @@ def read_sam(path: Path, fields: Fields) -> Iterator[Item]:
     """
     root = path.parent.parent if path.is_file() else path
     parts = [path] if path.is_file() else sorted((root / "partition").glob("*.txt"))
-    for name in ("images", "captions"):
+    for name in ("images", "captions") if fields.wanted else ("images",):
         if not (root / name).is_dir():
             raise InputError(f"data folder {root}: no {name}/ in it; the SAM layout has images, captions, partition")
     if not parts:

@@ -111,7 +111,7 @@ def recognise(path: Path) -> str:
         return "webdataset"
     if any((path / name).is_file() for name in LISTS):
         return "official"
-    if {"images", "captions", "partition"} <= names:
+    if {"images", "partition"} <= names and any(path.glob("partition/*.txt")):
         return "sam"
     if names & {"state.json", "dataset_dict.json"} or any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
         return "datasets"
