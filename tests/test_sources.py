@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from layouts import LAYOUTS, Sample, add, as_folder, as_official, as_sam, as_webdataset, from_folder, make_table, write
 from pixart.buckets import SIZES_1024, Bucket, bucket_table, own_buckets
 from pixart.config import build
 from pixart.data import webdataset
 from pixart.data.config import DataConfig
+from pixart.data.dataset import Captions, ImageDataset, collate
 from pixart.data.images import Record, ScanReport, load_image
 from pixart.data.sources import make_table as make_buckets
 from pixart.data.sources import recognise, scan
@@ -105,6 +108,31 @@ def test_photos_of_many_sizes_and_kinds_come_out_of_every_source_the_same(tmp_pa
     photos = sorted((Sample(path, {"text": f"photo of {path.stem}"}) for path in files), key=lambda s: s.path.name)
     assert len(photos) >= 5
     same_through(photos, layout, tmp_path / "set", bucket_table(256, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("layout", ["webdataset", "saved"])
+def test_worker_processes_read_them_too(samples, tmp_path, layout, start):
+    make, _, _ = LAYOUTS[layout]
+    records = look(make(samples, tmp_path / "set"), captions={"text": 1.0, "llava": 1.0}).records
+    texts = sorted({caption for record in records for caption in record.captions})
+    states = Captions([torch.full((1, 2), float(i)) for i in range(len(texts))], {t: i for i, t in enumerate(texts)})
+    dataset = ImageDataset(records, states, seed=0, latent_channels=3, downsample=1)
+    keys = [(epoch, index) for epoch in range(20) for index in range(8)]
+    loader = DataLoader(
+        dataset, sampler=keys, batch_size=8, num_workers=2, collate_fn=collate, multiprocessing_context=start
+    )
+    taken = set()
+    for batch in loader:
+        assert batch.problems == []
+        for row, (sample, id) in enumerate(zip(samples, batch.ids, strict=True)):
+            assert Path(sample.path).stem in id or layout == "saved"
+            with Image.open(sample.path) as image:
+                expected = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+            assert torch.equal(batch.pixels[row], expected)
+            taken.add(texts[int(batch.caption[row, 0, 0])])
+    assert taken == set(texts)  # both captions of each
 
 
 def test_pictures_in_a_tar_are_scanned_by_their_header_and_read_as_one_wants(tmp_path, monkeypatch):
