@@ -27,6 +27,30 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
+    """Which of how many processes this is: as told, else as torchrun or a Slurm array tell, else the only one.
+
+    Raises:
+        InputError: one of the two is missing, or they do not fit together.
+    """
+    if rank is None and ranks is None:
+        environment = os.environ
+        try:
+            if "RANK" in environment:
+                rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            elif "SLURM_ARRAY_TASK_ID" in environment:
+                first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{n}", d)) for n, d in (("MIN", 0), ("STEP", 1)))
+                rank = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
+                ranks = int(environment["SLURM_ARRAY_TASK_COUNT"])
+            else:
+                rank, ranks = 0, 1
+        except (KeyError, ValueError) as error:
+            raise InputError(f"rank: the environment's is not whole ({error}); give --rank and --ranks") from None
+    if rank is None or ranks is None or not 0 <= rank < ranks:
+        raise InputError(f"rank: got {rank} of {ranks}, expected both, from 0 of 1 on")
+    return rank, ranks
+
+
 def read_settings(texts: Sequence[str]) -> dict[str, Any]:
     """`key=value` arguments as a dict; values as in YAML."""
     settings = {}

@@ -7,8 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "benchmark": 6, "evaluate": 5, "train": 4, "pipeline": 3, "extract": 3, "generate": 2.5, "checkpoint": 2, "data": 2,
-    "model": 1, "diffusion": 1, "config": 0, "captions": 0, "buckets": 0, "cli": 0, "grid": 0, "disk": 0, "errors": -1,
+    room: floor
+    for floor, rooms in [
+        (6, "benchmark"), (5, "evaluate"), (4, "train"), (3, "pipeline extract captioner"), (2.5, "generate"),
+        (2, "checkpoint data"), (1, "model diffusion"), (0, "config captions buckets cli grid disk"), (-1, "errors"),
+    ] for room in rooms.split()
 }  # fmt: skip
 RUNTIME = {
     "torch", "transformers", "safetensors", "einops", "timm", "accelerate", "yaml", "numpy", "PIL", "tqdm",

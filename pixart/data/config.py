@@ -6,6 +6,8 @@ from typing import Literal
 
 from pixart.errors import InputError
 
+Format = Literal["auto", "folder", "webdataset", "datasets", "official", "sam"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -13,7 +15,7 @@ class DataConfig:
     # a feature store: `scripts/extract.py` makes it of `folder`, training then reads it and nothing of `folder`
     features: str | None = None
     mix: dict[str, float] = field(default_factory=dict)  # further stores → how often an epoch shows each, 1 is once
-    format: Literal["auto", "folder", "webdataset", "datasets", "official", "sam"] = "auto"
+    format: Format = "auto"  # auto goes by the files that are there
     # caption field, or .jsonl file of scripts/caption.py → how often it is taken; empty is the first of text, caption,
     # captions, prompt that there is
     captions: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pixart.data.images import IMAGE_SUFFIXES
@@ -38,21 +38,28 @@ def read_folder(folder: Path, fields: Fields) -> Iterator[Item]:
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             images.append(path)
     for path in images:
-        yield from_sidecars(path.relative_to(folder).as_posix(), path, path.with_suffix(""), texts, fields)
+        base = path.with_suffix("")
+        there = texts.get(base, set()) - {""}
+        fields.seen |= there
+        wanted = there.intersection(fields.wanted)
+        yield from_sidecars(path.relative_to(folder).as_posix(), path, base, wanted, fields)
 
 
-def from_sidecars(id: str, picture: Path, base: Path, texts: dict[Path, set[str]], fields: Fields) -> Item:
-    """An image with the texts `base`.txt and `base`.FIELD.txt; `texts` holds which fields there are of a base."""
-    found, there = {}, texts.get(base, set()) - {""}
-    fields.seen |= there
-    for field in there.intersection(fields.wanted):
+def from_sidecars(
+    id: str, picture: Path, base: Path, wanted: Iterable[str], fields: Fields, where: str = "beside it"
+) -> Item:
+    """An image with those of its texts `base`.txt and `base`.FIELD.txt that are wanted."""
+    found: dict[str, str] = {}
+    for field in wanted:
         text = base.with_name(base.name + (".txt" if field == "text" else f".{field}.txt"))
         try:
             found[field] = text.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            continue
         except (OSError, UnicodeDecodeError) as error:
             return Item(id, picture, {}, id, problem=f"no caption: {text.name} cannot be read ({error})")
-    lack = "the .txt beside it is empty" if found else "there is no .txt beside it"
-    return Item(id, picture, found, id, lack=f"no caption: {lack}")
+    lack = f"the .txt {where} is empty" if found else f"there is no .txt {where}"
+    return Item(id, picture, fields.take(found), id, lack=f"no caption: {lack}")
 
 
 def read_jsonl(path: Path, expected: str = "file_name and text") -> Iterator[dict]:

@@ -26,8 +26,13 @@ class Item:
 class Fields:
     """The caption fields that a scan wants, and the names of all that its source turned out to have."""
 
-    def __init__(self, wanted: Collection[str]):
-        self.wanted = tuple(wanted)
+    def __init__(self, asked: Collection[str] | None = None):
+        """
+        Args:
+            asked: the fields to read; the usual ones if nobody says.
+        """
+        self.asked = asked is not None
+        self.wanted = CAPTION_COLUMNS if asked is None else tuple(asked)
         self.seen: set[str] = set()
 
     def take(self, row: Mapping[str, Any]) -> dict[str, Any]:

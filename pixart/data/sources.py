@@ -4,15 +4,22 @@ Reads headers, not pixels. A source is a reader that yields an `Item` a picture;
 the captions, and sorts the pictures into buckets.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pixart.buckets import Bucket, bucket_table, nearest_bucket, own_buckets
+from pixart.data.caption_files import is_file, read_captions
 from pixart.data.config import DataConfig
 from pixart.data.folder import read_folder
 from pixart.data.images import IMAGE_SUFFIXES, UNREADABLE, Record, ScanReport, check_unreadable, read_size
 from pixart.data.items import CAPTION_COLUMNS, Fields, Item
+from pixart.data.lists import LISTS, read_official, read_sam
+from pixart.data.tables import read_table
+from pixart.data.webdataset import PACKED_SUFFIXES, read_webdataset
 from pixart.errors import InputError
 
 
@@ -32,17 +39,20 @@ def scan(config: DataConfig, table: list[Bucket]) -> ScanReport:
         InputError: no source, no picture, or no usable one; more than 1 % of the files are unreadable; a caption field
             that no picture has; or a file of the source is not what it should be.
     """
-    fields = Fields([name for name in config.captions if not name.endswith(".jsonl")] or CAPTION_COLUMNS)
+    fields = Fields([name for name in config.captions if not is_file(name)] if config.captions else None)
     kind, items = read_items(config, fields)
     items = list(items)
     if not items:
-        raise InputError(f"data folder {config.folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(
+            f"data folder {config.folder}, read as {kind}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     weights = config.captions or {_default_field(items, fields): 1.0}
     _check_fields(config, fields)
+    files = {name: _read_file(name, items, config) for name in config.captions if is_file(name)}
     report, taken = ScanReport(), Counter()
     same: dict[tuple, tuple] = {}  # one tuple for the many records with the same weights
     for item in items:
-        captions, shares, used = _weigh(item, weights)
+        captions, shares, used = _weigh(item, weights, files)
         problem = item.problem or (None if captions else _lack(item, config.captions))
         if problem is None:
             placed = _place(item, table, config.max_crop)
@@ -76,16 +86,35 @@ def read_items(config: DataConfig, fields: Fields) -> tuple[str, Iterator[Item]]
     if not path.exists():
         raise InputError(f"data folder {path}: there is none; expected a folder of images with captions")
     kind = recognise(path) if config.format == "auto" else config.format
-    return kind, READERS[kind](path, fields)
-
-
-READERS = {"folder": read_folder}
+    if config.images is not None and kind != "official":
+        raise InputError(f"data.images is where an official list's paths start, but {path} is read as {kind}")
+    readers = {
+        "folder": read_folder,
+        "webdataset": read_webdataset,
+        "datasets": read_table,
+        "official": partial(read_official, images=config.images),
+        "sam": read_sam,
+    }
+    return kind, readers[kind](path, fields)
 
 
 def recognise(path: Path) -> str:
     """The format that the files of a source show."""
-    if not path.is_dir():
-        raise InputError(f"data folder {path}: there is none; expected a folder of images with captions")
+    if path.is_file():
+        by_suffix = {".json": "official", ".txt": "sam", ".parquet": "datasets", ".tar": "webdataset"}
+        suffix = ".tar" if path.name.endswith(PACKED_SUFFIXES) else path.suffix
+        return by_suffix.get(suffix, "folder")
+    names = {entry.name for entry in os.scandir(path)}
+    if names & {"metadata.jsonl", "metadata.csv"}:
+        return "folder"
+    if any(name.endswith((".tar", *PACKED_SUFFIXES)) for name in names):  # img2dataset puts a .parquet beside each
+        return "webdataset"
+    if any((path / name).is_file() for name in LISTS):
+        return "official"
+    if {"images", "partition"} <= names and any(path.glob("partition/*.txt")):
+        return "sam"
+    if names & {"state.json", "dataset_dict.json"} or any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+        return "datasets"
     return "folder"
 
 
@@ -104,12 +133,25 @@ def _default_field(items: list[Item], fields: Fields) -> str:
 
 def _check_fields(config: DataConfig, fields: Fields) -> None:
     for name in config.captions:
-        if not name.endswith(".jsonl") and name not in fields.seen:
+        if not is_file(name) and name not in fields.seen:
             there = f"there are {', '.join(sorted(fields.seen))}" if fields.seen else "there are no caption fields"
             raise InputError(f"data.captions: no image of {config.folder} has the field '{name}'; {there}")
 
 
-def _weigh(item: Item, weights: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...], list[str]]:
+def _read_file(name: str, items: list[Item], config: DataConfig) -> dict[str, Any]:
+    """The captions of a file of scripts/caption.py."""
+    captions = read_captions(name)
+    if captions and not any(item.id in captions for item in items):
+        raise InputError(
+            f"data.captions: {name} is of other images: none of its {len(captions)} ids is in {config.folder}; its are "
+            f"like '{next(iter(captions))}', there they are like '{items[0].id}'"
+        )
+    return captions
+
+
+def _weigh(
+    item: Item, weights: Mapping[str, float], files: Mapping[str, Mapping[str, Any]]
+) -> tuple[tuple[str, ...], tuple[float, ...], list[str]]:
     """A picture's captions, their weights, and the fields they come from.
 
     A list of texts shares its field's weight; the weight of a field that the picture lacks goes to the others.
@@ -118,7 +160,7 @@ def _weigh(item: Item, weights: Mapping[str, float]) -> tuple[tuple[str, ...], t
     for name, weight in weights.items():
         if not weight:
             continue
-        value = item.fields.get(name) or []
+        value = (files[name].get(item.id) if name in files else item.fields.get(name)) or []
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{item.place}: {name} is {value!r}, expected a text or a list of texts")

@@ -1,0 +1,255 @@
+"""Captions for the pictures of any source, by any image-text-to-text model of transformers.
+
+Any number of processes, each with its share and a file of its own; a kill loses at most the batch in hand.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from pixart.data.caption_files import find_parts, part_name, read_rows
+from pixart.data.config import DataConfig
+from pixart.data.images import UNREADABLE, Picture, open_image, to_rgb
+from pixart.data.items import Fields, Item
+from pixart.data.sources import read_items
+from pixart.errors import InputError
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """What the captions depend on; stored beside them, so that none of another kind are mixed in."""
+
+    model: str = "llava-hf/llava-1.5-7b-hf"
+    prompt: str = "Describe this image and its style in a very detailed manner"  # PixArt-α, arXiv 2310.00426
+    max_new_tokens: int = 256
+    field: str = "llava"  # the captions' name
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or not self.prompt.strip() or not self.field or self.field == "id":
+            raise InputError(
+                f"captions: got {self.max_new_tokens} new tokens, the prompt {self.prompt!r} and the field "
+                f"{self.field!r}; expected at least 1, a text, and a name other than id"
+            )
+
+
+@dataclass
+class CaptionReport:
+    """What one process did; `problems` are (id, reason)."""
+
+    output: Path
+    written: int = 0
+    done_before: int = 0
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def describe(self) -> str:
+        lines = [f"{self.output}: {self.written} captions written, {self.done_before} were there"]
+        lines += [f"  {name}: {reason}" for name, reason in self.problems[:20]]
+        if len(self.problems) > 20:
+            lines.append(f"  … and {len(self.problems) - 20} more")
+        return "\n".join(lines)
+
+
+class Captioner:
+    """A vision-language model and its processor. Decodes greedily, so that a picture has one caption."""
+
+    def __init__(self, processor, model: torch.nn.Module, config: CaptionConfig):
+        self.processor, self.model, self.config = processor, model.eval().requires_grad_(False), config
+        processor.tokenizer.padding_side = "left"  # what is generated follows the last token
+        self.text = self._make_prompt()
+
+    @classmethod
+    def load(cls, config: CaptionConfig, *, dtype: torch.dtype = torch.float32, device="cpu") -> "Captioner":
+        """Load `config.model`, a folder or Hub id.
+
+        Raises:
+            InputError: it is not there, no image-text-to-text model, or nothing tells where its prompt has the image.
+        """
+        import transformers
+
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(config.model)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"captioning model '{config.model}': cannot be loaded ({first}); expected a folder or Hub id of an "
+                "image-text-to-text model of transformers"
+            ) from error
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise InputError(f"captioning model '{config.model}': its processor is not one of images and text")
+        return cls(processor, model.to(device), config)
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """One text for each RGB picture."""
+        options = {}
+        bos = self.processor.tokenizer.bos_token
+        if bos and self.text.startswith(bos):  # chat templates have it, and the tokenizer would add another
+            options["add_special_tokens"] = False
+        inputs = self.processor(
+            text=[self.text] * len(images), images=[[image] for image in images], padding=True, return_tensors="pt",
+            **options,
+        ).to(self.model.device, self.model.dtype)  # fmt: skip
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*do_sample.*")  # a model's own settings for sampling
+            tokens = self.model.generate(
+                **inputs, do_sample=False, num_beams=1, max_new_tokens=self.config.max_new_tokens
+            )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return [" ".join(text.split()) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _make_prompt(self) -> str:
+        """The model's own chat format where it has one, else its image token before the prompt."""
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": self.config.prompt}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        token = getattr(self.processor, "image_token", None)
+        if not isinstance(token, str):
+            raise InputError(
+                f"captioning model '{self.config.model}': its processor has no chat template and no image_token, so "
+                "nothing tells where its prompt has the image; expected a model with one of them"
+            )
+        return f"{token}\n{self.config.prompt}"
+
+
+def write_captions(
+    sources: Sequence[DataConfig],
+    output: str | Path,
+    config: CaptionConfig,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> CaptionReport:
+    """Caption this process's share of the pictures that have none yet; each batch is on the disk before the next.
+
+    Args:
+        output: a .jsonl file; of several processes each writes `NAME-RANK-of-RANKS.jsonl` beside it, and the name
+            stands for all. A second start goes on, also on another number of processes.
+
+    Raises:
+        InputError: no picture; two pictures with one id; `output` holds captions of another kind, or is in use.
+    """
+    output = Path(output)
+    if output.suffix != ".jsonl" or batch_size < 1 or not 0 <= rank < ranks:
+        raise InputError(
+            f"captions: got the file {output}, batches of {batch_size}, process {rank} of {ranks}; expected a .jsonl, "
+            "at least 1, and a process from 0 on below their number"
+        )
+    items = _list_items(sources)[rank::ranks]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    settings = output.with_suffix(".settings.json")
+    _check_settings(settings, config)
+    report = CaptionReport(part_name(output, rank, ranks))
+    with open(report.output, "ab") as file:
+        _lock(file)
+        _cut_torn_line(report.output)
+        done = {id for part in find_parts(output) for _, id, _ in read_rows(part)}
+        todo = [item for item in items if item.id not in done]
+        report.done_before = len(items) - len(todo)
+        report.problems += [(item.id, item.problem) for item in todo if item.problem]
+        todo = [item for item in todo if not item.problem]
+        if not todo:
+            return report
+        captioner = Captioner.load(config, dtype=dtype, device=device)
+        _write_settings(settings, config)
+        with tqdm(total=len(todo), desc="captioning", unit="image") as bar:
+            for batch, images in _load_ahead(todo, batch_size):
+                report.problems += [(i.id, x) for i, x in zip(batch, images, strict=True) if isinstance(x, str)]
+                good = [(i.id, x) for i, x in zip(batch, images, strict=True) if not isinstance(x, str)]
+                texts = captioner.caption([image for _, image in good]) if good else []
+                for (id, _), text in zip(good, texts, strict=True):
+                    file.write(json.dumps({"id": id, config.field: text}, ensure_ascii=False).encode() + b"\n")
+                    if not text:
+                        report.problems.append((id, "the model said nothing"))
+                file.flush()
+                os.fsync(file.fileno())
+                report.written += len(texts)
+                bar.update(len(batch))
+    return report
+
+
+def _list_items(sources: Sequence[DataConfig]) -> list[Item]:
+    items: dict[str, Item] = {}
+    for source in sources:
+        found = sorted(read_items(source, Fields(()))[1], key=lambda item: item.id)
+        for item in found:
+            if item.id in items and item.picture is not None:
+                raise InputError(f"{source.folder}: '{item.id}' is in another source too; caption them into two files")
+            items.setdefault(item.id, item)
+    if not items:
+        raise InputError(f"no images in {', '.join(source.folder for source in sources)}")
+    return list(items.values())
+
+
+def _check_settings(path: Path, config: CaptionConfig) -> None:
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        settings = {name: (before[name], value) for name, value in asdict(config).items() if before[name] != value}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    for name, (old, new) in settings.items():
+        raise InputError(
+            f"{path}: the captions there are of {name} {old!r}, asked for is {new!r}; write them into another file"
+        )
+
+
+def _write_settings(path: Path, config: CaptionConfig) -> None:
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")  # other processes write it too
+    temporary.write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _lock(file) -> None:
+    """Two processes into one file would write every caption twice."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{file.name}: another process is writing it; give each a --rank of its own") from None
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What follows the last line's end is of a process that was killed."""
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = 0
+        while end and not whole:
+            start = max(end - 65536, 0)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            end, whole = start, start + found + 1 if found >= 0 else 0
+        file.truncate(whole)
+
+
+def _load_ahead(items: Sequence[Item], batch_size: int) -> Iterator[tuple[Sequence[Item], list[Image.Image | str]]]:
+    """Batches and their RGB pictures, or why one cannot be read; the next is read while the model is at work."""
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        ahead = [pool.submit(_load, item.picture) for item in batches[0]]
+        for number, batch in enumerate(batches):
+            now, following = ahead, batches[number + 1] if number + 1 < len(batches) else []
+            ahead = [pool.submit(_load, item.picture) for item in following]
+            yield batch, [future.result() for future in now]
+
+
+def _load(picture: Picture) -> Image.Image | str:
+    try:
+        with open_image(picture) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        return f"unreadable: {error}"

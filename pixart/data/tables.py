@@ -1,0 +1,116 @@
+"""Tables of the Hugging Face `datasets` library: imagefolder, parquet, and what `save_to_disk` wrote.
+
+The library opens the table (parquet becomes Arrow files in its cache, once); pictures are then read from the
+memory-mapped Arrow files by row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pixart.data.items import Fields, Item
+from pixart.errors import InputError, missing_extra
+
+SAVED = ("state.json", "dataset_dict.json")  # of a table, of several by split
+
+
+@dataclass(frozen=True)
+class Row:
+    """The picture in one row of an Arrow file."""
+
+    file: str
+    column: str
+    row: int
+
+    def open(self) -> BinaryIO:
+        import pyarrow
+
+        return pyarrow.BufferReader(_open_arrow(self.file).column(self.column)[self.row]["bytes"].as_buffer())
+
+
+@lru_cache(maxsize=1024)  # files; a memory map costs no memory
+def _open_arrow(file: str):
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()
+
+
+def read_table(path: Path, fields: Fields) -> Iterator[Item]:
+    """The rows of a table; of several splits, `train`. Ids are row numbers, or paths within a folder of images.
+
+    Raises:
+        InputError: the package is missing, it cannot read the table, or there is not one column of images.
+    """
+    table, split = _open_table(path)
+    column = _image_column(path, table)
+    names = [name for name in table.column_names if name != column and _holds_text(table.features[name])]
+    fields.seen.update(names)
+    wanted = [name for name in table.column_names if name != column and name in fields.wanted]
+    start = 0
+    for file in (entry["filename"] for entry in table.cache_files):
+        arrow = _open_arrow(file)
+        offset = 0
+        for batch in arrow.select([column, *wanted]).to_batches(max_chunksize=1000):
+            texts = batch.select(wanted).to_pylist() if wanted else [{}] * len(batch)
+            paths = batch.column(column).field("path").to_pylist()
+            empty = batch.column(column).field("bytes").is_null().to_pylist()
+            for index, (row, name, hollow) in enumerate(zip(texts, paths, empty, strict=True)):
+                number = start + offset + index
+                id = f"{number:08d}"
+                place = f"{path}{split}, row {number}"
+                picture: Any = Row(file, column, offset + index)
+                if hollow and name:
+                    picture = Path(name)
+                    if picture.is_relative_to(path.resolve()):
+                        id = picture.relative_to(path.resolve()).as_posix()
+                problem = "unreadable: the row holds no picture" if hollow and not name else None
+                yield Item(id, picture, fields.take(row), place, f"no caption in {place}", problem=problem)
+            offset += len(batch)
+        start += offset
+    if start != len(table):
+        raise InputError(f"{path}: {len(table)} rows, but its files hold {start}; save it anew after flatten_indices()")
+
+
+def _open_table(path: Path) -> tuple[Any, str]:
+    """A `datasets.Dataset`, and its split as part of a name."""
+    try:
+        import datasets
+    except ImportError:
+        raise missing_extra("datasets", "datasets", f"reading {path}") from None
+    try:
+        if path.is_dir() and any((path / name).is_file() for name in SAVED):
+            table = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            table = datasets.load_dataset("parquet", data_files=str(path))
+        else:
+            kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
+            table = datasets.load_dataset(kind, data_dir=str(path))
+    except Exception as error:  # the library and pyarrow raise many kinds
+        raise InputError(f"{path}: the package datasets cannot read it ({type(error).__name__}: {error})") from error
+    if isinstance(table, datasets.Dataset):
+        return table, ""
+    if "train" not in table and len(table) > 1:
+        raise InputError(f"{path}: it has the splits {', '.join(table)} and no train; point data.folder to one of them")
+    split = "train" if "train" in table else next(iter(table))
+    return table[split], f"[{split}]"
+
+
+def _image_column(path: Path, table: Any) -> str:
+    import datasets
+
+    columns = [
+        name
+        for name, feature in table.features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
+    ]
+    if len(columns) != 1:
+        kinds = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in table.features.items())
+        raise InputError(f"{path}: expected one column of images (bytes and path), there are {len(columns)} ({kinds})")
+    return columns[0]
+
+
+def _holds_text(feature: Any) -> bool:
+    kind = getattr(feature, "feature", feature)  # of a list
+    return getattr(kind, "dtype", None) in ("string", "large_string")
