@@ -142,11 +142,11 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, manifest: bool =
             (partial / MANIFEST).write_text(json.dumps({"blake2b": digests}, indent=2) + "\n", encoding="utf-8")
             files.append(partial / MANIFEST)
         for path in [*files, partial]:
-            _sync(path)
+            sync(path)
         if target.exists():
             shutil.rmtree(target)
         os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -162,9 +162,9 @@ def write_file(target: Path, write: Callable[[Path], None]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        _sync(partial)
+        sync(partial)
         os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -182,7 +182,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk, not only in the machine's memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
