@@ -1,5 +1,6 @@
 """What happens once, before the first step: the run's folder, model and optimizer."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -87,8 +88,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     # on a GPU the words between hosts must be the first to run out of time: they make a message, NCCL ends the process
     patience = config.train.timeout * (1.25 if torch.cuda.is_available() else 1.0)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        return Accelerator(
+        accelerator = Accelerator(
+            cpu=count > 1 and not torch.accelerator.is_available(),  # or torchrun's processes would not find each other
             mixed_precision=config.train.mixed_precision,
             log_with=list(config.train.trackers) or None,
             project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
@@ -99,6 +102,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise InputError(f"train.mixed_precision {config.train.mixed_precision}: {error}") from None
+    if accelerator.num_processes != count:
+        raise InputError(f"{count} processes were launched, but accelerate sees {accelerator.num_processes}")
+    return accelerator
 
 
 def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes) -> tuple[Path, Path | None]:
