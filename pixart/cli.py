@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pixart.errors import InputError
+from pixart.errors import InputError, LostProcess
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -21,6 +21,11 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except LostProcess as error:
+        if os.environ.get("PIXART_TRACEBACK"):
+            raise
+        print(f"error: {error}. Checkpoints are as they were; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(1)  # an ordinary exit may wait for the process that is gone
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to a bug of ours."""
+"""The exceptions that are no bug of ours: the input is wrong, or another process of the job is gone."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,10 @@ class InputError(ValueError):
 
     Scripts print it as one line; library callers can catch it as a `ValueError`.
     """
+
+
+class LostProcess(RuntimeError):
+    """Another process of the job ended or hangs. Checkpoints are as they were; the same command goes on."""
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:

@@ -1,4 +1,7 @@
-"""Train as a config says: python scripts/train.py CONFIG [key=value …]. Under several processes: accelerate launch."""
+"""Train as a config says: python scripts/train.py CONFIG [key=value …]. Several processes: torchrun, accelerate launch.
+
+Exit code 75: a signal ended the run early, all is saved, and the same command goes on.
+"""
 
 import argparse
 
@@ -7,6 +10,7 @@ from pixart.config import load_config
 from pixart.evaluate.finish import finish
 from pixart.train.config import TrainConfig
 from pixart.train.loop import train
+from pixart.train.stop import REQUEUE
 
 
 def main() -> int:
@@ -16,8 +20,9 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     result = train(config)
-    if result.finished:
-        print(finish(config, result))
+    if not result.finished:
+        return REQUEUE
+    print(finish(config, result))
     return 0
 
 

@@ -26,10 +26,13 @@ class OptimizerConfig:
     eps: float | None = None
     options: dict[str, float] = field(default_factory=dict)  # others of the optimizer, by its own names
     clip: float = 1.0  # of the global gradient norm; the authors' is 0.01
+    skip_above: float | None = None  # a step whose gradient norm before clipping is greater is left out
 
     def __post_init__(self):
         if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
             raise InputError("optimizer: lr and clip must be positive, warmup not negative")
+        if self.skip_above is not None and self.skip_above <= 0:
+            raise InputError(f"optimizer.skip_above: got {self.skip_above}, expected a positive number or null")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class LoopConfig:
     steps: int  # optimizer steps of the run
     batch_size: int  # pictures of an optimizer step, over all processes and accumulation steps
     accumulation: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, averages and optimizer over the processes
+    timeout: float = 1800.0  # seconds that a process waits for the others before it gives up
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -48,12 +53,15 @@ class LoopConfig:
     validate_every: int = 0
     save_every: int = 1000
     keep: int = 3  # checkpoints to keep
+    on_save_error: Literal["continue", "stop"] = "continue"  # of a full disk, say; a run's last save must succeed
     trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.timeout <= 0:
+            raise InputError(f"train.timeout: got {self.timeout}, expected seconds above 0")
         if not 0 <= self.ema < 1 or not 0 <= self.caption_dropout <= 1:
             raise InputError("train: ema must be in [0, 1), caption_dropout in [0, 1]")
 

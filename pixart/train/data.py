@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class Data:
     captions: Captions  # of the prompts at least
     null: Tensor | None  # the null caption, if it is not the model's own
     records: list[Record]  # the training pictures; none with feature stores
+    places: list[Path]  # where some of it lies: if none of these is there any more, the data is gone
     report: str
 
 
@@ -105,7 +107,9 @@ def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
         numbers = np.array([sizes.index((r.bucket.height, r.bucket.width)) for r in records], dtype=np.int16)
         return Part(dataset, numbers, [(len(records), 1.0)])
 
-    return Data(part(train), part(held_out), captions, null, train, "\n".join(report))
+    some = [record.picture for record in train[:: max(len(train) // 16, 1)]]
+    places = [picture for picture in some if isinstance(picture, Path)] or [Path(data.folder)]
+    return Data(part(train), part(held_out), captions, null, train, places, "\n".join(report))
 
 
 def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
@@ -131,7 +135,7 @@ def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Au
     held_out = part([np.flatnonzero(out).astype(np.int32) for out in held])
     report += describe_split(config, len(train), len(held_out))
     captions, null = prompt_states(config, accelerator, stores[0])
-    return Data(train, held_out, captions, null, [], "\n".join(report))
+    return Data(train, held_out, captions, null, [], [store.folder for store in stores], "\n".join(report))
 
 
 def open_features(folder: str, config: TrainConfig, autoencoder: Autoencoder) -> FeatureStore | OfficialFeatures:

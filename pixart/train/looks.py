@@ -8,6 +8,7 @@ from pixart.data.dataset import collate
 from pixart.grid import contact_sheet
 from pixart.pipeline import sample_latents, to_images
 from pixart.train.config import TrainConfig
+from pixart.train.distributed import whole_model
 from pixart.train.setup import Session
 from pixart.train.step import batch_losses
 
@@ -38,14 +39,18 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
 
 
 def draw_samples(session: Session, config: TrainConfig) -> Path | None:
-    """Sample the config's prompts from the averaged weights, seed by position, to `samples/` and the trackers."""
+    """Sample the config's prompts from the averaged weights, seed by position, to `samples/` and the trackers.
+
+    All processes call it; the main one draws.
+    """
     state, data, accelerator = session.state, session.data, session.state.accelerator
-    if not accelerator.is_main_process:
+    model = whole_model(state.ema, main=accelerator.is_main_process)
+    if model is None:
         return None
     captions = [data.captions[prompt] for prompt in config.prompts]
     side = config.model.latent_size
     latents = sample_latents(
-        state.ema, config.card, captions, data.null, range(len(captions)), config.sample, height=side, width=side
+        model, config.card, captions, data.null, range(len(captions)), config.sample, height=side, width=side
     )
     images = to_images(session.autoencoder.decode(latents.to(accelerator.device)))
     sheet = contact_sheet([[image] for image in images], list(config.prompts))

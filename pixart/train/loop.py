@@ -1,25 +1,23 @@
 """The training loop, top to bottom."""
 
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from pixart.data.dataset import Batch
 from pixart.data.images import check_unreadable
 from pixart.errors import InputError
 from pixart.train.config import TrainConfig
 from pixart.train.data import Data
+from pixart.train.distributed import Agreement, lost_process
 from pixart.train.looks import draw_samples, validate
 from pixart.train.optimizer import learning_rate
-from pixart.train.setup import start
-from pixart.train.state import Progress, TrainState, save_checkpoint
-from pixart.train.step import StepResult, train_step
+from pixart.train.saver import Saver
+from pixart.train.setup import Session, start
+from pixart.train.skipped import Window
+from pixart.train.step import train_step
+from pixart.train.stop import StopSignal
 from pixart.train.watch import Watch
-
-# steps in a row with a non-finite loss or gradient that end a run; an fp16 loss scaler skips some to find its scale
-MAX_SKIPPED = {"no": 10, "bf16": 10, "fp16": 30}
 
 
 @dataclass
@@ -34,33 +32,50 @@ def train(config: TrainConfig) -> RunResult:
     """Train as configured, going on from the newest good checkpoint in the run's folder if there is one.
 
     Raises:
-        InputError: anything wrong with the configuration or the data, before the first step; ten non-finite steps in a
-            row or more than 1 % unreadable images, later. Checkpoints are as they were.
+        InputError: anything wrong with the configuration or the data, before the first step; ten steps in a row that
+            could not be applied, more than 1 % unreadable images, or a last save that failed, later.
+        LostProcess: another process of the job ended or hangs.
     """
-    session = start(config)
-    state, run, accelerator = session.state, session.run, session.state.accelerator
-    progress, steps = state.progress, config.train.steps
-    saved_step = progress.step if session.resumed else -1
-    problems: list[tuple[str, str]] = []  # images that could not be read since the last log
+    with StopSignal() as stop:
+        try:
+            return _run(start(config), config, stop)
+        except RuntimeError as error:
+            if lost := lost_process(error, config.train.timeout):
+                raise lost from error
+            raise
 
-    with Watch(accelerator, config, run, progress) as watch, StopSignal() as stop:
+
+def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
+    state, run, steps = session.state, session.run, config.train.steps
+    progress, processes = state.progress, state.processes
+    first, gone = progress.step, False
+    agreement, window = Agreement(processes), Window(run, config, processes)
+    with (
+        Watch(state.accelerator, config, run, progress) as watch,
+        Saver(run, config, processes, first if session.resumed else -1) as saver,
+    ):
         batches = iter(session.loader)
-        while progress.step < steps and not stop.agreed(accelerator):
+        stop.training = True
+        while progress.step < steps:
+            asked, unsaved, gone = agreement.exchange(stop.requested, bool(saver.failures), gone)
+            if unsaved:
+                _report_unsaved(saver, watch, config)
+            if asked or gone:
+                break
             begun = time.perf_counter()
             micro_batches = [next(batches) for _ in range(config.train.accumulation)]
             waited = time.perf_counter() - begun
+            gone = _is_gone(session.data, micro_batches)
             result = train_step(state, micro_batches, session.schedule, session.autoencoder, config)
             progress.seconds += time.perf_counter() - begun
             watch.add(result, waited)
-            problems += [problem for batch in micro_batches for problem in batch.problems]
-            if not result.applied:
-                _note_skipped(progress, result, config, watch)
+            window.add(progress.step, result, micro_batches, gone=gone)
 
             step = progress.step
             if _due(step, config.train.log_every, steps):
-                _note_unreadable(state, problems, len(session.data.train), watch)
-                problems.clear()
-                watch.log(progress, learning_rate(config.optimizer, step - 1, steps))
+                window.read(progress, watch.say)
+                _note_unreadable(session, window.take_problems(), watch)
+                watch.log(progress, learning_rate(config.optimizer, step - 1, steps), saver.take_stall())
 
             paused = time.perf_counter()
             if _due(step, config.train.validate_every, steps):
@@ -68,68 +83,54 @@ def train(config: TrainConfig) -> RunResult:
             if _due(step, config.train.sample_every, steps):
                 draw_samples(session, config)
             if _due(step, config.train.save_every, steps) and step < steps:
-                try:
-                    save_checkpoint(state, config, run)
-                    saved_step = step
-                except OSError as error:
-                    watch.say(f"warning: step {step} could not be saved ({error}); training goes on")
+                window.read(progress, watch.say)
+                saver.save(state)
             watch.pause(time.perf_counter() - paused)
 
-        if saved_step != progress.step:
-            try:
-                save_checkpoint(state, config, run)
-            except OSError as error:
-                raise InputError(
-                    f"step {progress.step} could not be saved ({error}); earlier checkpoints are as they were"
-                ) from None
-    finished = progress.step >= steps
-    if not finished:
-        accelerator.print(f"stopped by a signal and saved at step {progress.step}; the same command goes on")
-    return RunResult(run, progress.step, finished, session.data)
-
-
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that all processes see after the same step; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def agreed(self, accelerator) -> bool:
-        if accelerator.num_processes == 1:
-            return self.requested
-        flag = torch.tensor(float(self.requested), device=accelerator.device)
-        return bool(accelerator.reduce(flag))
-
-
-def _note_skipped(progress: Progress, result: StepResult, config: TrainConfig, watch: Watch) -> None:
-    watch.say(f"step {progress.step}: loss {result.loss.item()} or its gradient is not finite; skipped")
-    if progress.skipped_in_row >= MAX_SKIPPED[config.train.mixed_precision]:
+        agreement.drain()
+        window.read(progress, watch.say)
+        if progress.step > first or progress.step >= steps:
+            _save_last(saver, session, watch, config)
+    if gone:
         raise InputError(
-            f"{progress.skipped_in_row} steps in a row were not finite, the last at step {progress.step}; "
-            f"lower optimizer.lr or optimizer.clip, then go on from the last checkpoint in {config.output}"
+            f"data folder {config.data.folder}: its images are not there any more; is its disk still mounted? "
+            f"Saved at step {progress.step}; the same command goes on once they are back"
         )
+    if progress.step < steps:
+        state.accelerator.print(f"stopped by a signal and saved at step {progress.step}; the same command goes on")
+    return RunResult(run, progress.step, progress.step >= steps, session.data)
 
 
-def _note_unreadable(state: TrainState, problems: list[tuple[str, str]], total: int, watch: Watch) -> None:
+def _save_last(saver: Saver, session: Session, watch: Watch, config: TrainConfig) -> None:
+    """Save where training ends, unless that is done already; this save must succeed."""
+    saver.wait()
+    _report_unsaved(saver, watch, config)
+    if saver.saved_step != session.state.progress.step:
+        saver.save(session.state)
+        saver.wait()
+    if problem := saver.take_failure():
+        raise InputError(f"{problem}; earlier checkpoints are as they were")
+
+
+def _report_unsaved(saver: Saver, watch: Watch, config: TrainConfig) -> None:
+    problem = saver.take_failure()
+    if problem and config.train.on_save_error == "stop":
+        raise InputError(f"{problem}; training stops (train.on_save_error); earlier checkpoints are as they were")
+    if problem:
+        watch.say(f"warning: {problem}; training goes on")
+
+
+def _is_gone(data: Data, micro_batches: list[Batch]) -> bool:
+    """Whether nothing of a step's data could be read because the images are no longer there."""
+    if any(len(batch.problems) < len(batch.ids) for batch in micro_batches):
+        return False
+    return not any(path.exists() for path in data.places)
+
+
+def _note_unreadable(session: Session, problems: list[tuple[str, str]], watch: Watch) -> None:
     """Name and count images that turned out unreadable, over all processes; too many stop the run."""
-    if state.accelerator.num_processes > 1:
-        everyones: list = [None] * state.accelerator.num_processes
-        torch.distributed.all_gather_object(everyones, problems)
-        problems = [problem for part in everyones for problem in part]
-    known = state.progress.unreadable
+    problems = [problem for part in session.state.processes.gather(problems) for problem in part]
+    known, total = session.state.progress.unreadable, len(session.data.train)
     for name, reason in problems:
         if name not in known:
             known[name] = reason

@@ -1,12 +1,14 @@
 """What happens once, before the first step: the run's folder, model and optimizer."""
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -14,13 +16,16 @@ from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.start import start_from
 from pixart.config import dump_yaml, load_config, to_dict
 from pixart.diffusion.schedule import Schedule, make_schedule
+from pixart.disk import write_file
 from pixart.errors import InputError
 from pixart.model.autoencoder import Autoencoder, load_autoencoder
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.data import Data, load_data, make_batches
+from pixart.train.distributed import Processes, check_sharded, shard
 from pixart.train.ema import make_ema
 from pixart.train.optimizer import make_optimizer
+from pixart.train.saver import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
 from pixart.train.watch import check_trackers, start_trackers
 
@@ -28,7 +33,9 @@ from pixart.train.watch import check_trackers, start_trackers
 FREE_TO_CHANGE = {
     "output", "resume", "sample", "prompts", "evaluate", "train.steps", "train.accumulation", "train.compile",
     "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every", "train.save_every",
-    "train.keep", "train.trackers", "data.workers", "data.cache", "data.folder", "data.features", "extract",
+    "train.keep", "train.trackers", "train.parallel", "train.timeout", "train.on_save_error", "optimizer.skip_above",
+    "data.workers", "data.cache", "data.folder", "data.features",
+    "extract",
 }  # fmt: skip
 
 
@@ -52,20 +59,23 @@ def start(config: TrainConfig) -> Session:
         InputError: anything wrong with the configuration, the data or the run's folder.
     """
     check_shapes(config)
+    if config.train.parallel == "fsdp":
+        check_sharded(config.optimizer.name, config.train.mixed_precision)
     accelerator = make_accelerator(config)
-    run, checkpoint = open_run(config, accelerator)
+    processes = Processes(accelerator, config.train.timeout)
+    run, checkpoint = open_run(config, accelerator, processes)
     autoencoder = load_autoencoder(config.vae, device=accelerator.device)
     data = load_data(config, accelerator, autoencoder)
     accelerator.print(data.report)
-    state = build_state(config, accelerator, data.null, fresh=checkpoint is None)
+    state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
-        load_checkpoint(state, checkpoint)
-        accelerator.print(f"going on from {checkpoint}")
+        notes = load_checkpoint(state, checkpoint)
+        accelerator.print("\n".join([f"going on from {checkpoint}", *notes]))
     batches, loader = make_batches(config, accelerator, data, state.progress.step)
     accelerator.print(
         f"{batches.per_epoch} batches of {config.train.batch_size} an epoch, {batches.dropped} images left over; "
         f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.1f} M parameters; "
-        f"{accelerator.num_processes} × {accelerator.device.type}; output {run}"
+        f"{processes.count} × {accelerator.device.type}{' (fsdp)' * (config.train.parallel == 'fsdp')}; output {run}"
     )
     start_trackers(accelerator, config)
     return Session(run, data, state, loader, make_schedule(config.diffusion), autoencoder, checkpoint is not None)
@@ -76,26 +86,38 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_trackers(config.train.trackers)
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
-    AcceleratorState._reset_state()  # a process may train more than once, and in another precision
+    # a process may train more than once, in another precision and with new groups of processes
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # on a GPU the words between hosts must be the first to run out of time: they make a message, NCCL ends the process
+    patience = config.train.timeout * (1.25 if torch.cuda.is_available() else 1.0)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        return Accelerator(
+        accelerator = Accelerator(
+            cpu=count > 1 and not torch.accelerator.is_available(),  # or torchrun's processes would not find each other
             mixed_precision=config.train.mixed_precision,
             log_with=list(config.train.trackers) or None,
             project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=patience)),
+            ],
         )
     except ValueError as error:
         raise InputError(f"train.mixed_precision {config.train.mixed_precision}: {error}") from None
+    if accelerator.num_processes != count:
+        raise InputError(f"{count} processes were launched, but accelerate sees {accelerator.num_processes}")
+    return accelerator
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to go on from, if any.
+def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint to go on from, if any; the main process alone reads it all to check it.
 
     Raises:
         InputError: `resume: never` meets a run; or the folder holds a run with another configuration.
     """
     run = Path(config.output)
-    stored, checkpoint = run / "config.yaml", newest_checkpoint(run, accelerator.print)
+    stored = run / "config.yaml"
+    checkpoint = processes.gather(newest_checkpoint(run, print) if processes.rank == 0 else None)[0]
     if stored.exists():
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
@@ -109,12 +131,16 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
                 "choose another output for the new one, or take the changes back to go on"
             )
     accelerator.wait_for_everyone()
+    problem = None
     if accelerator.is_main_process:
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            stored.write_text(dump_yaml(config), encoding="utf-8")
+            remove_partial(run)
+            write_file(stored, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"output {run}: cannot be written ({error})") from None
+            problem = str(error)
+    if problem := processes.gather(problem)[0]:
+        raise InputError(f"output {run}: cannot be written ({problem}); choose another, or make room")
     return run, checkpoint
 
 
@@ -133,7 +159,9 @@ def check_shapes(config: TrainConfig) -> None:
         )
 
 
-def build_state(config: TrainConfig, accelerator: Accelerator, null: Tensor | None, *, fresh: bool) -> TrainState:
+def build_state(
+    config: TrainConfig, accelerator: Accelerator, processes: Processes, null: Tensor | None, *, fresh: bool
+) -> TrainState:
     """Model, EMA and optimizer at step 0, the same in every process; a `fresh` run starts as `init_from` says."""
     torch.manual_seed(config.seed)
     model = PixArt(config.model)
@@ -146,9 +174,14 @@ def build_state(config: TrainConfig, accelerator: Accelerator, null: Tensor | No
     model.gradient_checkpointing = config.train.gradient_checkpointing
     if config.train.compile:
         model.compile_blocks()
+    if config.train.parallel == "fsdp":  # accelerate's own way knows no CPU, and its prepare_model no sharded model
+        shard(model, accelerator.device, torch.bfloat16 if config.train.mixed_precision == "bf16" else None)
+        shard(ema, accelerator.device, trained=False)
+        wrapped = model
+    else:
+        wrapped = accelerator.prepare_model(model)
     optimizer = make_optimizer(model.parameters(), config.optimizer)
-    wrapped = accelerator.prepare_model(model)
-    return TrainState(model, wrapped, ema, accelerator.prepare_optimizer(optimizer), accelerator)
+    return TrainState(model, wrapped, ema, optimizer, accelerator, processes)
 
 
 def _flatten(settings: dict, prefix: str = "") -> dict:

@@ -1,32 +1,39 @@
-"""What a resume needs, as one record; saving and restoring it."""
+"""What a resume needs, as one record: taken from a running state, and put back into one."""
 
+import functools
+import platform
 import random
-import shutil
+import subprocess
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from pixart.checkpoint.files import WEIGHTS, check_state, checkpoints, save_model
-from pixart.disk import write_folder
+from pixart.checkpoint.files import WEIGHTS, compare_shapes
+from pixart.config import to_dict
 from pixart.errors import InputError
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
+from pixart.train.distributed import Processes, is_sharded, local, rows, whole
+from pixart.train.moments import Moments, read_moments, take_moments
 
 STATE = "training.pt"
+LIBRARIES = ("pixart", "torch", "accelerate", "timm", "transformers", "safetensors", "numpy")
 
 
 @dataclass
 class Progress:
-    """Counters of a run. Global batches taken from the data equal optimizer steps tried, so `tried` is the position."""
+    """Counters of a run. Global batches taken from the data equal optimizer steps tried, so `step` is the position."""
 
     step: int = 0  # optimizer steps tried; what schedules, intervals and the data order count in
-    skipped: int = 0  # of them not applied, for a non-finite loss or gradient
-    skipped_in_row: int = 0
+    skipped: int = 0  # of them not applied, for whatever reason; known up to the last log or save
+    skipped_in_row: int = 0  # of these, the last ones with a non-finite loss or gradient
+    spikes: int = 0  # of these, with a gradient norm above optimizer.skip_above
     images: int = 0
     seconds: float = 0.0  # of training, over all starts
     unreadable: dict[str, str] = field(default_factory=dict)  # id → reason of images met and skipped
@@ -37,67 +44,105 @@ class TrainState:
     """A run's state: everything that a checkpoint holds."""
 
     model: PixArt
-    wrapped: nn.Module  # the model as accelerate wrapped it; the same object in one process
+    wrapped: nn.Module  # the model as it is called; the same object in one process and when it is sharded
     ema: nn.Module
-    optimizer: torch.optim.Optimizer  # as accelerate wrapped it
+    optimizer: torch.optim.Optimizer
     accelerator: Accelerator
+    processes: Processes
     progress: Progress = field(default_factory=Progress)
 
 
-def save_checkpoint(state: TrainState, config: TrainConfig, run: Path) -> Path:
-    """Write `checkpoints/step_…` whole or not at all, then remove the oldest beyond `keep`; all processes call it.
+@dataclass
+class Snapshot:
+    """A state's copy in the CPU's memory: what this process writes of a checkpoint."""
 
-    Raises:
-        OSError: disk full or not writable, on every process; earlier checkpoints are untouched.
-    """
-    target = run / "checkpoints" / f"step_{state.progress.step:08d}"
-    accelerator = state.accelerator
-    failure = torch.zeros(1, device=accelerator.device)
-    error: OSError | None = None
-    if accelerator.is_main_process:
-        try:
-            write_folder(target, lambda folder: _fill(folder, state, config))
-            for old in checkpoints(run)[: -config.train.keep]:
-                shutil.rmtree(old)
-        except OSError as caught:
-            error = caught
-            failure += 1
-    if accelerator.reduce(failure).item():
-        raise error or OSError("the main process could not write the checkpoint")
-    return target
+    step: int
+    model: dict[str, Tensor]  # whole, in the main process alone
+    ema: dict[str, Tensor]
+    moments: Moments  # of the optimizer: this process's rows
+    record: dict  # of the main process
 
 
-def _fill(folder: Path, state: TrainState, config: TrainConfig) -> None:
-    save_model(folder / "model", state.model.state_dict(), config.card)
-    save_model(folder / "ema", state.ema.state_dict(), config.card)
+class Staging:
+    """Buffers in the CPU's memory, kept for the next save; pinned where there is a GPU, so that copies are fast."""
+
+    def __init__(self):
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Start copying a tensor; done when `finish` returns, and good until the next copy of that name."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def finish() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> Snapshot:
+    """Copy the state to the CPU; all processes call it. Sharded models are put together one tensor at a time."""
+    main = state.accelerator.is_main_process
+    models: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
+    for kind, module in (("model", state.model), ("ema", state.ema)):
+        for name, tensor in module.state_dict().items():
+            full = whole(tensor)
+            if main:
+                models[kind][name] = staging.copy(f"{kind}/{name}", full)
+    moments = take_moments(state.optimizer, dict(state.model.named_parameters()), staging.copy, main=main)
     scaler = state.accelerator.scaler
     record = {
-        "optimizer": state.optimizer.state_dict(),
+        "optimizer": moments.record,
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "progress": vars(state.progress),
+        "progress": {**vars(state.progress), "unreadable": dict(state.progress.unreadable)},
         "rng": _rng_state(),
+        "config": to_dict(config),
+        "processes": state.processes.count,
+        **_provenance(),
     }
-    try:
-        torch.save(record, folder / STATE)
-    except RuntimeError as error:  # torch's own type for an I/O error
-        raise OSError(f"{folder / STATE}: {error}") from None
+    staging.finish()
+    return Snapshot(state.progress.step, models["model"], models["ema"], moments, record)
 
 
-def load_checkpoint(state: TrainState, checkpoint: Path) -> None:
-    """Put a checkpoint's weights, averages, optimizer, scaler, counters and random state into `state`, bit for bit."""
+def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
+    """Put a checkpoint's weights, averages, optimizer, scaler, counters and random state into `state`, bit for bit.
+
+    Each process reads its own rows, whatever the number of processes that wrote them.
+
+    Returns:
+        what is worth telling, as lines.
+    """
     for module, name in ((state.model, "model"), (state.ema, "ema")):
-        weights = load_file(checkpoint / name / WEIGHTS)
-        check_state(module, weights, str(checkpoint / name / WEIGHTS))
-        module.load_state_dict(weights, strict=True)
+        _load_weights(module, checkpoint / name / WEIGHTS)
     try:
         record = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-        state.optimizer.load_state_dict(record["optimizer"])
-    except (RuntimeError, KeyError, ValueError) as error:
+        read_moments(checkpoint, record["optimizer"], state.optimizer, dict(state.model.named_parameters()))
+        state.progress = Progress(**record["progress"])
+        written_by = f"{record['processes']} × {record['config']['train']['parallel']}"
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{checkpoint / STATE}: does not fit this run's optimizer ({error})") from None
     if state.accelerator.scaler is not None and record["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(record["scaler"])
-    state.progress = Progress(**record["progress"])
     _restore_rng(record["rng"])
+    now = f"{state.processes.count} × {'fsdp' if is_sharded(state.model) else 'ddp'}"
+    return [f"written by {written_by}, goes on with {now}"] if now != written_by else []
+
+
+@torch.no_grad()
+def _load_weights(module: nn.Module, path: Path) -> None:
+    tensors = module.state_dict()
+    with safe_open(path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if difference := compare_shapes({name: tuple(t.shape) for name, t in tensors.items()}, found):
+            raise InputError(f"{path} does not fit the model of its config; {difference}")
+        for name, tensor in tensors.items():
+            start, stop = rows(tensor)
+            if start < stop:
+                local(tensor).copy_(file.get_slice(name)[start:stop])
 
 
 def _rng_state() -> dict:
@@ -120,3 +165,24 @@ def _restore_rng(rng: dict) -> None:
     torch.set_rng_state(rng["torch"])
     if rng["cuda"] and len(rng["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(rng["cuda"])
+
+
+@functools.cache
+def _provenance() -> dict:
+    """Versions of what computes, and the git revision of this package; "unknown" where it is in no repository."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    here = Path(__file__)
+    try:  # an installed copy may lie within some other repository: ask about this very file first
+        for question in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            answer = subprocess.run(
+                ["git", *question], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True
+            )
+        revision = answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    return {"versions": versions, "revision": revision}

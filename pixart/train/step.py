@@ -1,6 +1,7 @@
-"""One optimizer step."""
+"""One optimizer step. Nothing here waits for the device: what went wrong is decided on it, and read at the next log."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,23 +11,41 @@ from pixart.diffusion import diffusion_loss
 from pixart.diffusion.schedule import Schedule
 from pixart.model.autoencoder import Autoencoder
 from pixart.train.config import TrainConfig
+from pixart.train.distributed import clip_gradients, gradient_sync
 from pixart.train.ema import ema_decay, update_ema
 from pixart.train.optimizer import learning_rate
 from pixart.train.state import TrainState
 
+OUTCOMES = ("applied", "non-finite", "spike", "unreadable")  # of a step; all but the first leave the state as it was
+
 
 @dataclass
 class StepResult:
-    loss: Tensor  # mean over the global batch, on the device
-    grad_norm: Tensor  # before clipping
-    applied: bool
-    images: int  # that were read, over all processes
+    """What a step gave, as numbers on the device; `read_results` brings them over."""
+
+    loss: Tensor  # mean over the global batch
+    grad_norm: Tensor  # of all parameters, before clipping
+    images: Tensor  # that were read, over all processes
+    outcome: Tensor  # index into OUTCOMES
+
+
+class StepReport(NamedTuple):
+    """A `StepResult` as plain numbers."""
+
+    loss: float
+    grad_norm: float
+    images: int
+    outcome: str
+
+    @property
+    def applied(self) -> bool:
+        return self.outcome == "applied"
 
 
 def train_step(
     state: TrainState, micro_batches: list[Batch], schedule: Schedule, autoencoder: Autoencoder, config: TrainConfig
 ) -> StepResult:
-    """Gradients of a global batch's mean loss, clipped; then weights and EMA, unless something is not finite."""
+    """Gradients of a global batch's mean loss, clipped; then weights and EMA, unless `judge` says otherwise."""
     accelerator, optimizer, progress = state.accelerator, state.optimizer, state.progress
     lr = learning_rate(config.optimizer, progress.step, config.train.steps)
     for group in optimizer.param_groups:
@@ -38,31 +57,60 @@ def train_step(
     scale = accelerator.num_processes / images.clamp(min=1)
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(micro_batches):
-        last = i + 1 == len(micro_batches)
-        with accelerator.autocast():
-            losses = batch_losses(state.wrapped, state.model, batch, schedule, autoencoder, config)
-        loss = (losses["loss"] * batch.weight).sum() * scale
-        if last:
+        with gradient_sync(state.wrapped, i + 1 == len(micro_batches)):
+            with accelerator.autocast():
+                losses = batch_losses(state.wrapped, state.model, batch, schedule, autoencoder, config)
+            loss = (losses["loss"] * batch.weight).sum() * scale
             accelerator.backward(loss)
-        else:
-            with accelerator.no_sync(state.wrapped):
-                accelerator.backward(loss)
         total += loss.detach()
     total = accelerator.reduce(total, reduction="mean")
-    grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), config.optimizer.clip)
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(optimizer)
+    grad_norm = clip_gradients(state.model, config.optimizer.clip)
 
-    applied = bool(torch.isfinite(grad_norm + total))
-    if applied or accelerator.scaler is not None:
-        optimizer.step()  # with fp16 the scaler looks at the gradients itself, skips and lowers its scale
+    outcome = judge(total, grad_norm, images, config.optimizer.skip_above)
+    apply_update(optimizer, outcome == 0)
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()  # lowers its scale if it met an infinite gradient
     optimizer.zero_grad(set_to_none=True)
-    if applied:
-        decay = ema_decay(config.train.ema, progress.step, warmup=config.train.ema_warmup)
-        update_ema(state.ema, state.model, decay)
+    update_ema(
+        state.ema, state.model, ema_decay(config.train.ema, progress.step, warmup=config.train.ema_warmup), outcome == 0
+    )
     progress.step += 1
-    progress.skipped += not applied
-    progress.skipped_in_row = 0 if applied else progress.skipped_in_row + 1
     progress.images += config.train.batch_size
-    return StepResult(total, grad_norm, applied, int(images))
+    return StepResult(total, grad_norm, images, outcome)
+
+
+def judge(loss: Tensor, grad_norm: Tensor, images: Tensor, skip_above: float | None) -> Tensor:
+    """What becomes of a step, as an index into OUTCOMES on the device; the same on every process."""
+    outcome = torch.zeros_like(loss)
+    if skip_above is not None:
+        outcome = torch.where(grad_norm > skip_above, 2.0, outcome)
+    outcome = torch.where(torch.isfinite(grad_norm + loss), outcome, 1.0)
+    return torch.where(images > 0, outcome, 3.0)
+
+
+def apply_update(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """One step of the optimizer, or none at all, moments and counters included, where `applied` is false.
+
+    torch's fused optimizers take the decision on the device, by the attribute that its loss scaler uses. Others have no
+    such thing (NaN times 0 is NaN, and momentum and decay move weights without a gradient), so with them every step
+    waits for the device to know.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = 1 - applied.float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif applied:
+        optimizer.step()
+
+
+def read_results(results: list[StepResult]) -> list[StepReport]:
+    """Bring results over from the device, all in one go: the one place that waits for it."""
+    if not results:
+        return []
+    rows = torch.stack([torch.stack([r.loss, r.grad_norm, r.images, r.outcome]) for r in results]).tolist()
+    return [StepReport(loss, norm, int(images), OUTCOMES[int(outcome)]) for loss, norm, images, outcome in rows]
 
 
 def batch_losses(

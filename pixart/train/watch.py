@@ -1,17 +1,17 @@
 """What a run tells: metrics.jsonl always, accelerate's trackers, a progress bar, and the loss on held-out images."""
 
 import json
+import statistics
 import time
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from pixart.errors import InputError, missing_extra
 from pixart.train.config import TrainConfig
 from pixart.train.state import Progress
-from pixart.train.step import StepResult
+from pixart.train.step import StepResult, read_results
 
 
 class Watch:
@@ -43,21 +43,23 @@ class Watch:
         """Leave `seconds` (of sampling, say) out of the throughput."""
         self.since += seconds
 
-    def log(self, progress: Progress, lr: float) -> None:
-        """Write the window's means: loss and gradient norm over the steps that were applied."""
-        applied = [result for result in self.results if result.applied]
+    def log(self, progress: Progress, lr: float, extra: dict[str, float]) -> None:
+        """Write the window's means, loss and gradient norm over the steps that were applied, and `extra`."""
+        results = read_results(self.results)
+        applied = [result for result in results if result.applied]
         seconds = time.perf_counter() - self.since
         row = {
             "lr": lr,
-            "images_per_second": sum(result.images for result in self.results) / seconds,
+            "images_per_second": sum(result.images for result in results) / seconds,
             "data_wait": self.wait / seconds,
             "skipped": progress.skipped,
             "images": progress.images,
             "seconds": progress.seconds,
+            **extra,
         }
         if applied:
-            row["loss"] = torch.stack([result.loss for result in applied]).mean().item()
-            row["grad_norm"] = torch.stack([result.grad_norm for result in applied]).mean().item()
+            row["loss"] = statistics.fmean(result.loss for result in applied)
+            row["grad_norm"] = statistics.fmean(result.grad_norm for result in applied)
         self.write(progress.step, row)
         self.bar.set_postfix_str(
             f"loss {row.get('loss', float('nan')):.4g}, {row['images_per_second']:.0f} images/s, "
@@ -69,8 +71,11 @@ class Watch:
         """One line of metrics.jsonl, and the same to the trackers."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:  # a full disk; the state, not this, decides whether training goes on
+                self.say(f"warning: {self.path}: cannot be written ({error})")
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:

@@ -1,0 +1,28 @@
+"""Leaving early in good order."""
+
+import signal
+
+# what a script exits with when a signal ended it early and the same command goes on: EX_TEMPFAIL of sysexits.h, which
+# tells a scheduler to try again
+REQUEUE = 75
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignal:
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a flag; Ctrl-C before training, or a second one, ends at once."""
+
+    def __init__(self):
+        self.requested, self.training = False, False
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _frame) -> None:
+        if number == signal.SIGINT and (self.requested or not self.training):
+            raise KeyboardInterrupt
+        self.requested = True
