@@ -74,7 +74,7 @@ def read_moments(
     Raises:
         InputError: a file is missing, or the state is of other parameters.
     """
-    names, files = _order(optimizer, parameters), _Files(folder)
+    names, files = _order(optimizer, parameters), MomentFiles(folder)
     stored = [name for group in record["groups"] for name in group["params"]]
     if stored != names:
         odd = sorted(set(stored) ^ set(names)) or "the same in another order"
@@ -99,7 +99,7 @@ def _order(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-class _Files:
+class MomentFiles:
     """The rows that the files of a folder hold together."""
 
     def __init__(self, folder: Path):

@@ -1,0 +1,366 @@
+"""The training engine: no waiting for the device, saving beside training, sharded state in files, leaving in order."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pixart.train.loop as loop_module
+import pixart.train.saver as saver_module
+import pixart.train.step as step_module
+from pixart.checkpoint.files import checkpoints, newest_checkpoint, verify
+from pixart.errors import InputError
+from pixart.evaluate.chaos import tensors
+from pixart.train.config import OptimizerConfig
+from pixart.train.distributed import lost_process
+from pixart.train.loop import train
+from pixart.train.moments import MomentFiles, Moments, read_moments, take_moments, write_moments
+from pixart.train.optimizer import make_optimizer
+from pixart.train.setup import start
+from pixart.train.step import apply_update, judge, read_results, train_step
+from runs import ROOT, build, command, environment, make_pictures, make_text_encoder, settings, write
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture
+def base(tmp_path, text_encoder) -> dict:
+    return settings(tmp_path / "run", make_pictures(tmp_path / "pictures"), text_encoder)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------- one step
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would wait for a device: a value that is read, or a tensor that is copied off it."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer__skip_above": 1e-9}, {"diffusion": {}, "model__learn_sigma": True}]
+)
+def test_a_step_never_waits_for_the_device(base, changes):
+    config = build(base, **changes)
+    session = start(config)
+    batches = iter(session.loader)
+    arguments = session.schedule, session.autoencoder, config
+    train_step(session.state, [next(batches)], *arguments)  # the optimizer's state is made here, once
+    micro_batches = [next(batches)]
+    with NoWaiting():
+        result = train_step(session.state, micro_batches, *arguments)
+    assert read_results([result])[0].applied == ("optimizer__skip_above" not in changes)
+
+
+def test_the_guard_sees_an_optimizer_that_cannot_skip_on_the_device(base):
+    config = build(base, optimizer__name="muon")
+    session = start(config)
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        train_step(session.state, [next(iter(session.loader))], session.schedule, session.autoencoder, config)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("kind", ["non-finite", "spike", "unreadable"])
+def test_a_skipped_step_leaves_every_bit_as_it_was(base, name, kind):
+    config = build(base, optimizer__name=name, optimizer__skip_above=1e4)
+    session = start(config)
+    state, arguments = session.state, (session.schedule, session.autoencoder, config)
+    batches = iter(session.loader)
+    train_step(state, [next(batches)], *arguments)
+
+    def everything():
+        moments = take_moments(
+            state.optimizer, dict(state.model.named_parameters()), lambda _, value: value.clone(), main=True
+        )
+        weights = {f"{i}{name}": v.clone() for i, m in enumerate((state.model, state.ema))
+                   for name, v in m.state_dict().items()}  # fmt: skip
+        return {**weights, **moments.tensors}
+
+    before = everything()
+    batch = next(batches)
+    if kind == "unreadable":
+        batch.weight.zero_()
+    else:
+        batch.pixels[0] *= math.nan if kind == "non-finite" else 1e6
+    (report,) = read_results([train_step(state, [batch], *arguments)])
+    after = everything()
+    assert report.outcome == kind
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (report,) = read_results([train_step(state, [next(batches)], *arguments)])
+    assert report.applied and not all(torch.equal(before[name], value) for name, value in everything().items())
+
+
+def test_the_loss_scaler_and_the_skipping_go_together():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer([parameter], OptimizerConfig(lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor, expected in ((1.0, 8.0), (math.inf, 4.0)):
+        before = parameter.detach().clone()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([parameter.grad])
+        apply_update(optimizer, judge(torch.zeros(()), norm, torch.ones(()), None) == 0)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == expected
+        assert torch.equal(before, parameter) == math.isinf(factor)
+
+
+def test_skipped_steps_are_named_with_their_samples(base, monkeypatch, capsys):
+    original, calls = step_module.diffusion_loss, []
+
+    def poisoned(*arguments):
+        losses = original(*arguments)
+        calls.append(1)
+        return {**losses, "loss": losses["loss"] * {3: math.nan, 5: 1e9}.get(len(calls), 1)}
+
+    monkeypatch.setattr(step_module, "diffusion_loss", poisoned)
+    result = train(build(base, train__log_every=4, train__steps=8, optimizer__skip_above=1e6))
+    skipped = [json.loads(line) for line in (result.run / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["reason"], len(row["ids"])) for row in skipped] == [(3, "non-finite", 4), (5, "spike", 4)]
+    text = capsys.readouterr().out
+    assert f"gradient norm (nan) is not finite; skipped. Its samples: {skipped[0]['ids'][0]}" in text
+    assert "step 5: its gradient norm" in text
+    assert [row["skipped"] for row in metrics(result.run)] == [1, 2]
+    record = torch.load(checkpoints(result.run)[-1] / "training.pt", weights_only=True)
+    assert record["progress"]["skipped"] == 2 and record["progress"]["spikes"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- saving
+
+
+def test_training_goes_on_while_a_save_is_written(base, monkeypatch):
+    written, during = [], []
+    original, original_step = saver_module.write_folder, loop_module.train_step
+    finish = threading.Event()
+
+    def slow(target, fill):
+        if target.name == "step_00000002":
+            finish.wait(20)
+        original(target, fill)
+        written.append(target.name)
+
+    def noting(state, *arguments):
+        during.append((state.progress.step, len(written)))
+        if state.progress.step == 3:  # the save of step 2 is still under way; the one of step 4 must wait for it
+            finish.set()
+        return original_step(state, *arguments)
+
+    monkeypatch.setattr(saver_module, "write_folder", slow)
+    monkeypatch.setattr(loop_module, "train_step", noting)
+    run = train(build(base)).run
+    assert during[2:4] == [(2, 0), (3, 0)]
+    assert written == ["step_00000002", "step_00000004", "step_00000006"]
+    assert all(verify(path) is None for path in checkpoints(run))
+    stalls = [row["save_stall"] for row in metrics(run) if "save_stall" in row]
+    assert len(stalls) == 2 and all(0 < stall < 20 for stall in stalls)
+
+
+def test_what_is_saved_is_the_state_at_the_save(base, monkeypatch):
+    original = saver_module.write_folder
+
+    def late(target, fill):  # the next steps change weights, moments and counters meanwhile
+        time.sleep(0.3)
+        original(target, fill)
+
+    reference = train(build(base, output=f"{base['output']}_reference")).run
+    monkeypatch.setattr(saver_module, "write_folder", late)
+    run = train(build(base)).run
+    for step in ("step_00000002", "step_00000004"):
+        one, other = tensors(run / "checkpoints" / step), tensors(reference / "checkpoints" / step)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        records = [torch.load(r / "checkpoints" / step / "training.pt", weights_only=True) for r in (run, reference)]
+        assert records[0]["progress"]["images"] == records[1]["progress"]["images"]
+
+
+@pytest.mark.parametrize("choice", ["continue", "stop"])
+def test_a_save_that_fails_is_told_and_training_does_as_configured(base, monkeypatch, capsys, choice):
+    original = saver_module.write_folder
+
+    def full(target, fill):
+        if target.name == "step_00000004":
+            raise OSError(28, "No space left on device")
+        original(target, fill)
+
+    monkeypatch.setattr(saver_module, "write_folder", full)
+    config = build(base, train__on_save_error=choice, train__steps=30, train__save_every=2, train__keep=30)
+    if choice == "stop":
+        with pytest.raises(InputError, match=r"step 4 could not be saved .*No space left.*; training stops"):
+            train(config)
+    else:
+        train(config)
+        text = capsys.readouterr().out
+        assert "step 4 could not be saved ([Errno 28] No space left on device); training goes on" in text
+        assert checkpoints(Path(base["output"]))[-1].name == "step_00000030"
+    names = [path.name for path in checkpoints(Path(base["output"]))]
+    assert names[0] == "step_00000002" and "step_00000004" not in names
+
+
+def test_a_torn_save_is_removed_at_the_next_start(base):
+    run = train(build(base)).run
+    for name in (".step_00000008.partial", ".step_00000008.part1"):
+        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name / "training.pt").write_bytes(b"torn")
+    train(build(base, train__steps=8))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_00000004", "step_00000006", "step_00000008"]  # fmt: skip
+
+
+def test_a_checkpoint_says_where_it_comes_from(base):
+    run = train(build(base)).run
+    record = torch.load(checkpoints(run)[-1] / "training.pt", weights_only=True)
+    assert record["versions"]["torch"] == metadata.version("torch")
+    assert record["config"]["optimizer"]["lr"] == 1e-3
+    git, tracked = (
+        subprocess.run(["git", *question], cwd=ROOT, capture_output=True, text=True)
+        for question in (["rev-parse", "HEAD"], ["ls-files", "--error-unmatch", "pixart/train/state.py"])
+    )
+    expected = git.stdout.strip() if git.returncode == tracked.returncode == 0 else "unknown"
+    assert record["revision"] == expected
+
+
+@pytest.mark.parametrize("writers", [1, 2, 4])
+def test_any_rows_of_the_moments_can_be_read_whoever_wrote_them(tmp_path, writers):
+    torch.manual_seed(0)
+    parameters = {"a": torch.nn.Parameter(torch.randn(7, 3)), "b": torch.nn.Parameter(torch.randn(2))}
+    optimizer = make_optimizer(parameters.values(), OptimizerConfig(lr=0.1))
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    full = take_moments(optimizer, parameters, lambda _, value: value.clone(), main=True)
+    for rank in range(writers):
+        mine, first = {}, {}
+        for name, value in full.tensors.items():
+            parts = value.chunk(writers) if value.ndim else (value,)
+            if rank < len(parts):
+                mine[name], first[name] = parts[rank].clone(), rank * (len(parts[0]) if value.ndim else 0)
+        write_moments(tmp_path, Moments(mine, first, {}), rank, writers)
+    files = MomentFiles(tmp_path)
+    for name, value in full.tensors.items():
+        assert files.shape(name) == value.shape
+        if not value.ndim:
+            assert torch.equal(files.read(name, 0, 0), value)
+            continue
+        for low, high in itertools.combinations_with_replacement(range(len(value) + 1), 2):
+            assert torch.equal(files.read(name, low, high), value[low:high])
+    other = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in parameters.values()], fused=True)
+    named = dict(zip(parameters, other.param_groups[0]["params"], strict=True))
+    read_moments(tmp_path, full.record, other, named)
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(other.state[named[name]][key], value)
+    with pytest.raises(InputError, match=r"other parameters than this run's: \['a'\]"):
+        read_moments(tmp_path, full.record, torch.optim.AdamW([named["b"]]), {"b": named["b"]})
+    (tmp_path / f"optimizer-{writers:05d}-of-{writers:05d}.safetensors").unlink()
+    with pytest.raises(InputError, match="optimizer files there are"):
+        read_moments(tmp_path, full.record, optimizer, parameters)
+
+
+# ------------------------------------------------------------------------------------------------- leaving in order
+
+
+def test_a_data_folder_that_vanishes_ends_the_run_with_one_error_and_a_saved_state(base, monkeypatch, capsys):
+    folder, original = Path(base["data"]["folder"]), loop_module.train_step
+    away = folder.with_name("away")
+
+    def vanishing(state, *arguments):
+        if state.progress.step == 3 and not away.exists():
+            folder.rename(away)
+        return original(state, *arguments)
+
+    reference = train(build(base, train__save_every=1, train__keep=9, output=f"{base['output']}_reference")).run
+    monkeypatch.setattr(loop_module, "train_step", vanishing)
+    config = build(base, train__steps=500, train__save_every=0)
+    with pytest.raises(InputError, match=r"images are not there any more.*Saved at step 5; the same command goes on"):
+        train(config)
+    text = capsys.readouterr()
+    assert "unreadable" not in text.out + text.err
+    saved = newest_checkpoint(Path(base["output"]), pytest.fail)
+    before = reference / "checkpoints" / "step_00000004"  # the fifth step had nothing to learn from
+    one, other = tensors(saved), tensors(before)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    away.rename(folder)
+    assert train(build(base, train__save_every=0, train__steps=8)).step == 8
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_read_only_one(base, tmp_path):
+    if sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = write(tmp_path / "config.yaml", base, train__steps=40, train__save_every=4, train__keep=20)
+    train_command = " ".join(command("train", str(config), f"output={disk}/run"))
+    look = f"from pixart.checkpoint.files import *; print('newest', newest_checkpoint(Path('{disk}/run'), print))"
+    script = (
+        f"mount -t tmpfs -o size=4m none {disk}; {train_command}; echo code $?; "
+        f'{sys.executable} -c "{look}"; ls -A {disk}/run/checkpoints; '
+        f"mount -o remount,ro {disk}; {train_command}; echo code $?"
+    )
+    result = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], env=environment(), capture_output=True, text=True, timeout=240
+    )
+    text = result.stdout
+    assert text.count("code 2") == 2, text + result.stderr
+    assert "training goes on" in text and "No space left" in text
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2, errors
+    assert "step 40 could not be saved" in errors[0] and "earlier checkpoints are as they were" in errors[0]
+    assert "cannot be written" in errors[1] and "Read-only file system" in errors[1]
+    left = text.split("newest ")[1].split("code")[0].split()
+    assert left[0].endswith(left[-1]) and all(name.startswith("step_") for name in left[1:]), left
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train__parallel": "fsdp", "optimizer__name": "muon"}, "which optimizer 'muon' needs whole"),
+        ({"train__parallel": "fsdp", "train__mixed_precision": "fp16"}, "bf16 or no, not fp16"),
+        ({"train__timeout": 0.0}, "expected seconds above 0"),
+        ({"optimizer__skip_above": -1.0}, "expected a positive number"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(base, changes, match):
+    with pytest.raises(InputError, match=match):
+        train(build(base, **changes))
+
+
+def test_only_errors_of_other_processes_are_taken_for_such():
+    assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 9) is None
+    closed = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
+    assert "has ended" in str(lost_process(RuntimeError(closed), 9))
+    late = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation"
+    assert "did not answer for 9 s" in str(lost_process(RuntimeError(late), 9))
+
+
+def test_one_sharded_process_gives_the_numbers_of_one_that_is_not(base):
+    plain = train(build(base)).run
+    changes = {"train__parallel": "fsdp", "train__gradient_checkpointing": True, "train__accumulation": 2}
+    sharded = train(build(base, **changes, output=f"{base['output']}_fsdp")).run
+    for row, reference in zip(metrics(sharded), metrics(plain), strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+    one, other = tensors(checkpoints(sharded)[-1]), tensors(checkpoints(plain)[-1])
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in other.items()}
+    assert train(build(base, train__parallel="fsdp", train__steps=8)).step == 8, "either goes on from the other"
+    assert train(build(base, train__steps=8, output=f"{base['output']}_fsdp")).step == 8
