@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -275,19 +276,18 @@ def test_a_second_extraction_with_other_settings_into_one_folder_is_refused(base
 
 
 def test_two_processes_with_one_share_do_not_write_one_file(base, tmp_path):
-    held, release = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        part = PartFile(tmp_path / "store" / "parts" / "captions-00000.part")
-        os.write(held[1], b"!")
-        os.read(release[0], 1)
-        part.close()
-        os._exit(0)
-    os.read(held[0], 1)
-    with pytest.raises(InputError, match=r"part is being written by another process.*--rank I --ranks N"):
-        make_store(base, tmp_path / "store")
-    os.write(release[1], b"!")
-    os.waitpid(child, 0)
+    path = tmp_path / "store" / "parts" / "captions-00000.part"
+    code = (
+        "import sys; from pixart.data.parts import *; p = PartFile(Path(sys.argv[1])); print('!', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, path], env=environment(), stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert other.stdout.readline() == b"!\n"
+        with pytest.raises(InputError, match=r"part is being written by another process.*--rank I --ranks N"):
+            make_store(base, tmp_path / "store")
+    finally:
+        other.communicate(b"\n")
     make_store(base, tmp_path / "store")
 
 

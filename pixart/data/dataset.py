@@ -4,13 +4,14 @@ All randomness of a sample is a function of (seed, pass, sample id) and drawn he
 depend on the number of processes or workers, and two experiments see the same noise.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from pixart.data.batches import Key, derive_seed
 from pixart.data.images import UNREADABLE, Record, choose, load_image
@@ -28,7 +29,7 @@ class Batch:
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1]; None where there are latents
     latents: Tensor | None  # (B, C, h, w) scaled; None where there are pixels
     noise: Tensor  # (B, C, h, w) standard normal, to be added to the latents
-    posterior_noise: Tensor  # (B, C, h, w) standard normal, for the autoencoder's posterior; zeros for its mean
+    posterior_noise: Tensor | None  # as `noise`, for the posterior of the pixels' latents; zeros for its mean
     time: Tensor  # (B,) uniform in [0, 1); the schedule makes times of it
     caption: Tensor  # (B, L, caption_channels)
     caption_mask: Tensor  # (B, L) bool
@@ -48,6 +49,10 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
+
+    def record_stream(self, stream: "torch.cuda.Stream") -> None:
+        """Tell the allocator that `stream` uses the tensors, which another stream has made."""
+        self._map(lambda tensor: tensor.record_stream(stream))
 
 
 @dataclass(frozen=True)
@@ -215,13 +220,14 @@ def collate(samples: list[dict], *, length: int | None = None) -> Batch:
     captions = [sample["caption"] for sample in samples]
     lengths = torch.tensor([len(caption) for caption in captions])
     padded = pad_length(int(lengths.max()), length)
-    caption = captions[0].new_zeros(len(captions), padded, captions[0].shape[1])
+    caption = empty_batch(captions[0].dtype, len(captions), padded, captions[0].shape[1])
     for row, states in zip(caption, captions, strict=True):
         row[: len(states)] = states
+        row[len(states) :] = 0
     numbers = ("time", "drop", "size", "aspect_ratio", "weight")
     return Batch(
         **{
-            name: torch.stack([s[name] for s in samples]) if name in samples[0] else None
+            name: stack([s[name] for s in samples]) if name in samples[0] else None
             for name in ("pixels", "latents", "noise", "posterior_noise")
         },
         **{name: torch.tensor([s[name] for s in samples], dtype=torch.float32) for name in numbers},
@@ -230,6 +236,19 @@ def collate(samples: list[dict], *, length: int | None = None) -> Batch:
         ids=[s["id"] for s in samples],
         problems=[(s["id"], s["problem"]) for s in samples if s["problem"]],
     )
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors, out=empty_batch(tensors[0].dtype, len(tensors), *tensors[0].shape))
+
+
+def empty_batch(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory for a batch: in a loader's worker shared with the training process, so that it is filled only once."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    # what torch's own collate does
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def pad_length(longest: int, length: int | None) -> int:

@@ -1,6 +1,6 @@
 """A run's data: what it trains on and holds out, from pictures or feature stores, and this process's batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pixart.buckets import Bucket
 from pixart.data.batches import BucketBatches, derive_seed
-from pixart.data.dataset import Captions, FeatureDataset, ImageDataset, collate, encode_captions
+from pixart.data.dataset import Batch, Captions, FeatureDataset, ImageDataset, collate, encode_captions
 from pixart.data.images import Record
 from pixart.data.official import OfficialFeatures, is_official
 from pixart.data.openmoji import build_openmoji
@@ -271,3 +271,17 @@ def make_batches(
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=config.data.workers > 0,
     )
+
+
+def move_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on `device`; on a GPU copied from pinned memory on a stream of its own, beside the last step's work."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = batch.to(device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        moved.record_stream(torch.cuda.current_stream(device))
+        yield moved

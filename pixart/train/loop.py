@@ -8,7 +8,7 @@ from pixart.data.dataset import Batch
 from pixart.data.images import check_unreadable
 from pixart.errors import InputError
 from pixart.train.config import TrainConfig
-from pixart.train.data import Data
+from pixart.train.data import Data, move_ahead
 from pixart.train.distributed import Agreement, lost_process
 from pixart.train.looks import draw_samples, validate
 from pixart.train.optimizer import learning_rate
@@ -54,7 +54,7 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
         Watch(state.accelerator, config, run, progress) as watch,
         Saver(run, config, processes, first if session.resumed else -1) as saver,
     ):
-        batches = iter(session.loader)
+        batches = move_ahead(session.loader, state.accelerator.device)
         stop.training = True
         while progress.step < steps:
             asked, unsaved, gone = agreement.exchange(stop.requested, bool(saver.failures), gone)

@@ -51,7 +51,6 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-    micro_batches = [batch.to(accelerator.device) for batch in micro_batches]
     # gradients are averaged over processes: this makes it the mean over all pictures that were read
     images = accelerator.reduce(torch.stack([b.weight.sum() for b in micro_batches]).sum())
     scale = accelerator.num_processes / images.clamp(min=1)
