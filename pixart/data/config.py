@@ -16,8 +16,8 @@ class DataConfig:
     features: str | None = None
     mix: dict[str, float] = field(default_factory=dict)  # further stores → how often an epoch shows each, 1 is once
     format: Format = "auto"  # auto goes by the files that are there
-    # caption field, or .jsonl file of scripts/caption.py → how often it is taken; empty is the first of text, caption,
-    # captions, prompt that there is
+    # caption field, or path of a .jsonl of scripts/caption.py → how often it is taken; empty is the first of text,
+    # caption, captions, prompt that there is
     captions: dict[str, float] = field(default_factory=dict)
     images: str | None = None  # where the paths of an official list start; by the official rule if it is not told
     prepare: Literal["openmoji"] | None = None  # make the folder's content, if it is not there yet

@@ -160,8 +160,8 @@ def _weigh(
     for name, weight in weights.items():
         if not weight:
             continue
-        value = (files[name].get(item.id) if name in files else item.fields.get(name)) or []
-        texts = [value] if isinstance(value, str) else value
+        value = files[name].get(item.id) if name in files else item.fields.get(name)
+        texts = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{item.place}: {name} is {value!r}, expected a text or a list of texts")
         if texts := [" ".join(text.split()) for text in texts if text.strip()]:

@@ -85,7 +85,8 @@ def _open_table(path: Path) -> tuple[Any, str]:
         elif path.is_file():
             table = datasets.load_dataset("parquet", data_files=str(path))
         else:
-            kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
+            tables = [file for file in path.rglob("*.parquet") if file.name != "metadata.parquet"]  # an imagefolder's
+            kind = "parquet" if tables else "imagefolder"
             table = datasets.load_dataset(kind, data_dir=str(path))
     except Exception as error:  # the library and pyarrow raise many kinds
         raise InputError(f"{path}: the package datasets cannot read it ({type(error).__name__}: {error})") from error
