@@ -104,27 +104,3 @@ def split_prompt(line: str) -> tuple[str, dict[str, float]]:
     if high == 0 or wide == 0 or (match[1] == "hw" and not (high.is_integer() and wide.is_integer())):
         raise InputError(f"prompt '{line[:80]}': --ar takes positive numbers, --hw whole pixels")
     return text, {"aspect_ratio": high / wide} if match[1] == "ar" else {"height": int(high), "width": int(wide)}
-
-
-def find_share(rank: int | None = None, ranks: int | None = None) -> tuple[int, int]:
-    """Which share of a divided work this process has, from 0, of how many.
-
-    As given, or as torchrun and accelerate (RANK, WORLD_SIZE), a Slurm array or a Slurm job's tasks say; else all.
-    """
-    if (rank is None) != (ranks is None):
-        raise InputError("--rank and --ranks belong together: --rank 0 --ranks 4 is the first of four processes")
-    if rank is None:
-        for mine, all_, first in (
-            ("RANK", "WORLD_SIZE", None),
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-            ("SLURM_PROCID", "SLURM_NTASKS", None),
-        ):
-            if mine in os.environ and all_ in os.environ:
-                rank = int(os.environ[mine]) - int(os.environ.get(first, 0) if first else 0)
-                ranks = int(os.environ[all_])
-                break
-        else:
-            return 0, 1
-    if not 0 <= rank < ranks:
-        raise InputError(f"share: got rank {rank} of {ranks}, expected 0 ≤ rank < ranks")
-    return rank, ranks

@@ -32,7 +32,7 @@ def main() -> int:
         damage = verify(config.data.features)
         print("\n".join(damage) or f"{config.data.features}: every file is as it was written")
         return 1 if damage else 0
-    share = Share(*cli.find_share(arguments.rank, arguments.ranks))
+    share = Share(*cli.find_rank(arguments.rank, arguments.ranks))
     common = {"share": share, "say": lambda text: print(text, file=sys.stderr)}
     sections = (config.data, run_table(config), config.vae, config.text, config.extract)
     if arguments.official:

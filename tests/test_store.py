@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import pixart.extract.run as run_module
 from features import contents, make_store
-from pixart.cli import find_share
 from pixart.data.batches import derive_seed
 from pixart.data.images import load_image
 from pixart.data.parts import PartFile
@@ -234,25 +233,6 @@ def test_a_finished_store_is_left_as_it_is_and_new_prompts_are_added(base, store
     assert {name for name, content in contents(store).items() if before[name] != content} == {
         "manifest.json", "prompts.json", "prompts.safetensors",
     }  # fmt: skip
-
-
-def test_shares_come_from_arguments_launchers_and_slurm(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(name)
-    assert find_share() == (0, 1)
-    assert find_share(2, 5) == (2, 5)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    assert find_share() == (2, 4)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_share() == (1, 2)
-    with pytest.raises(InputError, match="got rank 4 of 4"):
-        find_share(4, 4)
-    with pytest.raises(InputError, match="belong together"):
-        find_share(1)
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
