@@ -70,5 +70,5 @@ def test_checkpointing_adds_a_forward_of_the_blocks():
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
-    with pytest.raises(InputError, match="31 × 32.*patch size 2"):
+    with pytest.raises(InputError, match=r"31 × 32.*patch size 2"):
         forward_flops(PRESETS["XL/2"], 31, 32, 120)
