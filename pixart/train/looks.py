@@ -9,6 +9,7 @@ from pixart.grid import contact_sheet
 from pixart.pipeline import sample_latents, to_images
 from pixart.train.config import TrainConfig
 from pixart.train.data import make_dataset
+from pixart.train.quarters import quarter_means, sum_by_quarter
 from pixart.train.setup import Session
 from pixart.train.step import batch_losses
 
@@ -18,7 +19,7 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     """Loss of the averaged weights on the held-out images, in all and by quarter of the times, under fixed noise."""
     state, held_out = session.state, session.data.held_out
     dataset = make_dataset(config, session.data, held_out)
-    sums, counts = torch.zeros(4), torch.zeros(4)
+    sums = torch.zeros(2, 4, device=state.accelerator.device)
     by_size: dict[tuple[int, int], list[int]] = {}
     for i, record in enumerate(held_out):
         by_size.setdefault((record.bucket.height, record.bucket.width), []).append(i)
@@ -31,15 +32,9 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
                 losses = batch_losses(
                     state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
                 )
-            quarter = (batch.time * 4).long().clamp(max=3).cpu()
-            weight = batch.weight.cpu()
-            sums.index_add_(0, quarter, losses["loss"].float().cpu() * weight)
-            counts.index_add_(0, quarter, weight)
-    result = {"validation_loss": (sums.sum() / counts.sum()).item()}
-    for i in range(4):
-        if counts[i]:
-            result[f"validation_loss_q{i + 1}"] = (sums[i] / counts[i]).item()
-    return result
+            sums += sum_by_quarter(losses["loss"], batch.time, batch.weight)
+    total, count = sums.sum(1).tolist()
+    return {"validation_loss": total / count, **quarter_means(sums, "validation_loss")}
 
 
 def draw_samples(session: Session, config: TrainConfig) -> Path | None:

@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> RunResult:
             waited = time.perf_counter() - begun
             result = train_step(state, micro_batches, session.schedule, session.autoencoder, config)
             progress.seconds += time.perf_counter() - begun
-            watch.add(result, waited)
+            watch.add(result, waited, micro_batches)
             problems += [problem for batch in micro_batches for problem in batch.problems]
             if not result.applied:
                 _note_skipped(progress, result, config, watch)
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> RunResult:
             if _due(step, config.train.log_every, steps):
                 _note_unreadable(state, problems, len(session.data.train), watch)
                 problems.clear()
-                watch.log(progress, learning_rate(config.optimizer, step - 1, steps))
+                watch.log(progress, learning_rate(config.optimizer, step - 1, steps, config.train.batch_size))
 
             paused = time.perf_counter()
             if _due(step, config.train.validate_every, steps):

@@ -17,9 +17,11 @@ from pixart.diffusion.schedule import Schedule, make_schedule
 from pixart.errors import InputError
 from pixart.model.autoencoder import Autoencoder, load_autoencoder
 from pixart.model.pixart import PixArt
+from pixart.train.check import check_sources
 from pixart.train.config import TrainConfig
 from pixart.train.data import Data, load_data, make_batches
 from pixart.train.ema import make_ema
+from pixart.train.freeze import freeze
 from pixart.train.optimizer import make_optimizer
 from pixart.train.state import TrainState, load_checkpoint
 from pixart.train.watch import check_trackers, start_trackers
@@ -28,7 +30,7 @@ from pixart.train.watch import check_trackers, start_trackers
 FREE_TO_CHANGE = {
     "output", "resume", "sample", "prompts", "evaluate", "train.steps", "train.accumulation", "train.compile",
     "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every", "train.save_every",
-    "train.keep", "train.trackers", "data.workers", "data.cache", "data.folder",
+    "train.keep", "train.trackers", "train.peak_tflops", "data.workers", "data.cache", "data.folder",
 }  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def start(config: TrainConfig) -> Session:
         InputError: anything wrong with the configuration, the data or the run's folder.
     """
     check_shapes(config)
+    check_sources(config)
     accelerator = make_accelerator(config)
     run, checkpoint = open_run(config, accelerator)
     data = load_data(config, accelerator)
@@ -146,7 +149,8 @@ def build_state(config: TrainConfig, accelerator: Accelerator, null: Tensor | No
     model.gradient_checkpointing = config.train.gradient_checkpointing
     if config.train.compile:
         model.compile_blocks()
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    freeze(model, config.train.freeze)
+    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
     wrapped = accelerator.prepare_model(model)
     return TrainState(model, wrapped, ema, accelerator.prepare_optimizer(optimizer), accelerator)
 

@@ -12,6 +12,7 @@ from pixart.model.autoencoder import Autoencoder
 from pixart.train.config import TrainConfig
 from pixart.train.ema import ema_decay, update_ema
 from pixart.train.optimizer import learning_rate
+from pixart.train.quarters import sum_by_quarter
 from pixart.train.state import TrainState
 
 
@@ -21,6 +22,7 @@ class StepResult:
     grad_norm: Tensor  # before clipping
     applied: bool
     images: int  # that were read, over all processes
+    quarters: Tensor  # (2, 4) sums and counts of this process's losses by quarter of the times
 
 
 def train_step(
@@ -28,7 +30,7 @@ def train_step(
 ) -> StepResult:
     """Gradients of a global batch's mean loss, clipped; then weights and EMA, unless something is not finite."""
     accelerator, optimizer, progress = state.accelerator, state.optimizer, state.progress
-    lr = learning_rate(config.optimizer, progress.step, config.train.steps)
+    lr = learning_rate(config.optimizer, progress.step, config.train.steps, config.train.batch_size)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -36,7 +38,7 @@ def train_step(
     # gradients are averaged over processes: this makes it the mean over all pictures that were read
     images = accelerator.reduce(torch.stack([b.weight.sum() for b in micro_batches]).sum())
     scale = accelerator.num_processes / images.clamp(min=1)
-    total = torch.zeros((), device=accelerator.device)
+    total, quarters = torch.zeros((), device=accelerator.device), torch.zeros(2, 4, device=accelerator.device)
     for i, batch in enumerate(micro_batches):
         last = i + 1 == len(micro_batches)
         with accelerator.autocast():
@@ -48,6 +50,7 @@ def train_step(
             with accelerator.no_sync(state.wrapped):
                 accelerator.backward(loss)
         total += loss.detach()
+        quarters += sum_by_quarter(losses["loss"], batch.time, batch.weight)
     total = accelerator.reduce(total, reduction="mean")
     grad_norm = accelerator.clip_grad_norm_(state.model.parameters(), config.optimizer.clip)
 
@@ -62,7 +65,7 @@ def train_step(
     progress.skipped += not applied
     progress.skipped_in_row = 0 if applied else progress.skipped_in_row + 1
     progress.images += config.train.batch_size
-    return StepResult(total, grad_norm, applied, int(images))
+    return StepResult(total, grad_norm, applied, int(images), quarters)
 
 
 def batch_losses(

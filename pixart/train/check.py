@@ -1,0 +1,54 @@
+"""What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
+
+from pathlib import Path
+
+import torch
+
+from pixart.captions import clean_caption
+from pixart.checkpoint.files import checkpoints
+from pixart.checkpoint.locate import locate
+from pixart.data.config import DataConfig
+from pixart.errors import InputError
+from pixart.model.pixart import PixArt
+from pixart.model.text import TextConfig, load_tokenizer
+from pixart.model.vae_files import CONFIG, find_weights, read_settings
+from pixart.train.config import TrainConfig
+from pixart.train.freeze import match_names
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Look for the pictures, the text encoder, the VAE and the weights to start from; only headers are read.
+
+    Raises:
+        InputError: what is missing, a line each; or `train.freeze` does not fit the model.
+    """
+    with torch.device("meta"):
+        names = [name for name, _ in PixArt(config.model).named_parameters()]
+    match_names(names, config.train.freeze)
+    looks = {} if config.data.prepare else {f"data.folder {config.data.folder}": lambda: _look_for_data(config.data)}
+    looks[f"text.model {config.text.model}"] = lambda: _look_for_text(config.text)
+    if config.vae.kind == "kl":
+        looks[f"vae.source {config.vae.source}"] = lambda: read_settings(
+            find_weights(config.vae.source, None).parent / CONFIG
+        )
+    if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
+        looks[f"init_from {config.init_from}"] = lambda: locate(config.init_from)
+    missing = []
+    for what, look in looks.items():
+        try:
+            look()
+        except InputError as error:
+            missing.append(f"{what}: {error}")
+    if missing:
+        raise InputError("\n".join(missing))
+
+
+def _look_for_data(config: DataConfig) -> None:
+    if not Path(config.folder).is_dir():
+        raise InputError("there is none; expected a folder of images with captions")
+
+
+def _look_for_text(config: TextConfig) -> None:
+    load_tokenizer(config)
+    if config.clean:
+        clean_caption("")  # needs packages of an extra
