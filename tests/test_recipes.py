@@ -9,15 +9,23 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pixart.buckets import bucket_table
 from pixart.checkpoint.files import checkpoints
 from pixart.config import load_config
+from pixart.data.class_captions import write_class_captions
+from pixart.data.images import scan_images
 from pixart.errors import InputError
+from pixart.model import PRESETS
 from pixart.train.config import OptimizerConfig, TrainConfig
 from pixart.train.freeze import freeze, match_names
 from pixart.train.loop import train
 from pixart.train.optimizer import learning_rate
-from runs import build, make_pictures, make_text_encoder, settings
+from pixart.train.setup import check_shapes
+from runs import ROOT, build, make_pictures, make_text_encoder, run_script, settings
 from toy import tiny_model
+
+CONFIGS = ROOT / "configs"
+MISSING = ["data.folder", "text.model", "vae.source", "init_from"]
 
 
 @pytest.fixture(scope="module")
@@ -127,5 +135,80 @@ def test_everything_missing_is_told_at_once_before_any_work(base, tmp_path):
                     vae={"kind": "kl", "source": str(tmp_path / "vae")}, model__in_channels=4, model__latent_size=1,
                     data__folder=str(tmp_path / "none"), model__patch_size=1))  # fmt: skip
     lines = str(caught.value).split("\n")
-    assert [line.split(" ")[0] for line in lines] == ["data.folder", "text.model", "vae.source", "init_from"]
+    assert lines[0] == "4 things are missing:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == MISSING
     assert not (tmp_path / "run").exists()
+
+
+RECIPES = {
+    "finetune_256": "alpha-256", "finetune_512": "alpha-512", "finetune_1024ms": "alpha-1024",
+    "paper/1_imagenet": "alpha-256", "paper/2_sam": "alpha-256", "paper/3_aesthetic_256": "alpha-256",
+    "paper/4_aesthetic_512": "alpha-512", "paper/5_aesthetic_1024ms": "alpha-1024",
+}  # fmt: skip
+PAPER = {  # steps, global batch, side: as the paper's table has them
+    "1_imagenet": (300_000, 1024, 256), "2_sam": (150_000, 11_392, 256), "3_aesthetic_256": (90_000, 11_392, 256),
+    "4_aesthetic_512": (100_000, 2_560, 512), "5_aesthetic_1024ms": (16_000, 384, 1024),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_its_preset_on_its_autoencoder(name):
+    config = load_config(TrainConfig, CONFIGS / f"{name}.yaml")
+    assert config.model == PRESETS[RECIPES[name]]
+    assert config.vae.scale == 0.18215
+    assert config.text.length == config.model.caption_length
+    assert config.data.aspect_ratios == config.model.micro_conditions
+    assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.eps) == (2e-5, 0.01, 1e-10)
+    assert (config.optimizer.weight_decay, config.optimizer.warmup, config.train.ema) == (0.03, 1000, 0.9999)
+    check_shapes(config)
+
+
+def test_every_recipe_is_tested_and_stages_follow_one_another():
+    found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
+    assert found - set(RECIPES) == {"openmoji", "openmoji_full"}
+    before = None
+    for name, (steps, batch, side) in PAPER.items():
+        config = load_config(TrainConfig, CONFIGS / "paper" / f"{name}.yaml")
+        assert (config.train.steps, config.train.batch_size, config.data.resolution) == (steps, batch, side)
+        assert config.init_from == before
+        before = config.output
+
+
+def test_what_fine_tuning_lacks_is_told_in_one_go_before_any_work(tmp_path):
+    done = run_script("train", CONFIGS / "finetune_512.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert [line.split(":")[0].strip() for line in done.stderr.splitlines()[1:]] == MISSING
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_class_folders_get_the_names_of_their_classes_as_captions(tmp_path):
+    for name in ("n01", "n02"):
+        make_pictures(tmp_path / "imagenet" / name, count=2)
+    (tmp_path / "names.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\nn03 shark\n")
+    assert write_class_captions(tmp_path / "imagenet", tmp_path / "names.txt") == (4, 2)
+    table = bucket_table(32, 8, square=True)
+    records = scan_images(tmp_path / "imagenet", table).records
+    assert [(r.id, r.captions) for r in records][1:3] == [
+        ("n01/01.png", ("tench", "Tinca tinca")), ("n02/00.png", ("goldfish",)),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="already there"):
+        write_class_captions(tmp_path / "imagenet", tmp_path / "names.txt")
+
+
+def test_class_captions_refuse_what_does_not_fit(tmp_path):
+    make_pictures(tmp_path / "imagenet" / "n01", count=1)
+    names = tmp_path / "names.txt"
+    names.write_text("n02 goldfish\n")
+    with pytest.raises(InputError, match="no line for 1 of 1 folders, the first is n01"):
+        write_class_captions(tmp_path / "imagenet", names)
+    names.write_text("n01 tench\nn01 goldfish\n")
+    with pytest.raises(InputError, match=r"names.txt:2: expected a folder not named before"):
+        write_class_captions(tmp_path / "imagenet", names)
+    names.write_text("n01\n")
+    with pytest.raises(InputError, match=r"names.txt:1: "):
+        write_class_captions(tmp_path / "imagenet", names)
+    with pytest.raises(InputError, match="there is no such folder"):
+        write_class_captions(tmp_path / "none", names)
+    with pytest.raises(InputError, match="cannot be read"):
+        write_class_captions(tmp_path / "imagenet", tmp_path / "none.txt")
+    assert not (tmp_path / "imagenet" / "metadata.jsonl").exists()

@@ -79,7 +79,7 @@ def test_model_tflops_are_those_of_the_batches_and_mfu_their_share_of_the_peak(b
     add, shapes = watch_module.Watch.add, []
 
     def spy(self, result, wait, batches):
-        shapes.extend((len(batch.pixels), batch.caption.shape[1]) for batch in batches)
+        shapes.extend((len(batch.ids), batch.caption.shape[1]) for batch in batches)
         add(self, result, wait, batches)
 
     monkeypatch.setattr(watch_module.Watch, "add", spy)

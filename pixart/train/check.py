@@ -1,5 +1,6 @@
 """What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,27 +26,27 @@ def check_sources(config: TrainConfig) -> None:
     with torch.device("meta"):
         names = [name for name, _ in PixArt(config.model).named_parameters()]
     match_names(names, config.train.freeze)
-    looks = {} if config.data.prepare else {f"data.folder {config.data.folder}": lambda: _look_for_data(config.data)}
-    looks[f"text.model {config.text.model}"] = lambda: _look_for_text(config.text)
+    looks: dict[str, Callable] = {"text.model": lambda: _look_for_text(config.text)}
+    if not config.data.prepare:
+        looks = {"data.folder": lambda: _look_for_data(config.data), **looks}
     if config.vae.kind == "kl":
-        looks[f"vae.source {config.vae.source}"] = lambda: read_settings(
-            find_weights(config.vae.source, None).parent / CONFIG
-        )
+        looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
     if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
-        looks[f"init_from {config.init_from}"] = lambda: locate(config.init_from)
+        looks["init_from"] = lambda: locate(config.init_from)
     missing = []
-    for what, look in looks.items():
+    for key, look in looks.items():
         try:
             look()
         except InputError as error:
-            missing.append(f"{what}: {error}")
+            missing.append(f"{key}: {error}")
     if missing:
-        raise InputError("\n".join(missing))
+        several = f"{len(missing)} things are missing:\n  " if len(missing) > 1 else ""
+        raise InputError(several + "\n  ".join(missing))
 
 
 def _look_for_data(config: DataConfig) -> None:
     if not Path(config.folder).is_dir():
-        raise InputError("there is none; expected a folder of images with captions")
+        raise InputError(f"there is no {config.folder}; expected a folder of images with captions")
 
 
 def _look_for_text(config: TextConfig) -> None:
