@@ -45,7 +45,7 @@ def check_sources(config: TrainConfig) -> None:
 
 
 def _look_for_data(config: DataConfig) -> None:
-    if not Path(config.folder).is_dir():
+    if not Path(config.folder).exists():
         raise InputError(f"there is no {config.folder}; expected a folder of images with captions")
 
 
