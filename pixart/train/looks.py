@@ -1,5 +1,6 @@
 """Looking at a run while it trains: the loss on held-out images, and sample grids."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
                 )
             sums += sum_by_quarter(losses["loss"], batch.time, batch.weight)
     total, count = sums.sum(1).tolist()
-    return {"validation_loss": total / count, **quarter_means(sums, "validation_loss")}
+    loss = total / count if count else math.nan  # nothing was held out, or none of it could be read
+    return {"validation_loss": loss, **quarter_means(sums, "validation_loss")}
 
 
 def draw_samples(session: Session, config: TrainConfig) -> Path | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
     loss = validation = best = best_step = None
     for row in read_rows(run / METRICS):
         loss, validation = row.get("loss", loss), row.get("validation_loss", validation)
-        if "validation_loss" in row and (best is None or row["validation_loss"] < best):
+        if math.isfinite(row.get("validation_loss", math.nan)) and (best is None or row["validation_loss"] < best):
             best, best_step = row["validation_loss"], row["step"]
     return {
         "finished": finished,
