@@ -190,8 +190,18 @@ def _convert(value: Any, hint: Any, name: str, place: str, start: Any = None) ->
         if value is None and type(None) in arguments:
             return None
         rest = [argument for argument in arguments if argument is not type(None)]
-        assert len(rest) == 1, f"{name}: only optional types are supported"
-        return _convert(value, rest[0], name, place, start)
+        words = [word for argument in rest if typing.get_origin(argument) is Literal
+                 for word in typing.get_args(argument)] if len(rest) > 1 else []  # fmt: skip
+        if isinstance(value, str) and value in words:
+            return value
+        plain = [argument for argument in rest if not words or typing.get_origin(argument) is not Literal]
+        assert len(plain) == 1, f"{name}: one type, some words and null are all that is supported"
+        try:
+            return _convert(value, plain[0], name, place, start)
+        except InputError as error:
+            if words:
+                raise InputError(f"{error} or {', '.join(words)}") from None
+            raise
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{place}{name}: got {value!r}, expected a section with keys")

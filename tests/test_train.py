@@ -247,12 +247,12 @@ def test_an_image_that_cannot_be_decoded_is_skipped_named_and_counted(base, tmp_
 
 def test_learning_rates_follow_their_closed_forms():
     warm = OptimizerConfig(lr=2.0, warmup=4, schedule="constant")
-    assert [learning_rate(warm, i, 10) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert [learning_rate(warm, i, 10, 64) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     linear = OptimizerConfig(lr=2.0, warmup=0, schedule="linear", final_lr=0.5)
-    assert [learning_rate(linear, i, 4) for i in range(5)] == [2.0, 1.75, 1.5, 1.25, 1.0]
+    assert [learning_rate(linear, i, 4, 64) for i in range(5)] == [2.0, 1.75, 1.5, 1.25, 1.0]
     cosine = OptimizerConfig(lr=2.0, warmup=2, schedule="cosine")
-    assert learning_rate(cosine, 6, 10) == pytest.approx(1.0)
-    assert learning_rate(cosine, 10, 10) == pytest.approx(0.0)
+    assert learning_rate(cosine, 6, 10, 64) == pytest.approx(1.0)
+    assert learning_rate(cosine, 10, 10, 64) == pytest.approx(0.0)
 
 
 def test_the_ema_follows_its_closed_form():

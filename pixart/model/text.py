@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,44 +64,18 @@ class TextEncoder:
                 `config.length` is more than it can take.
         """
         import transformers
-        from safetensors import SafetensorError
 
-        (source, pieces), name = find_text_parts(config.model), f"text encoder '{config.model}'"
+        source, _ = find_text_parts(config.model)
         options = {} if quantize is None else _quantization(quantize, dtype, torch.device(device))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                shape = transformers.AutoConfig.from_pretrained(source).get_text_config()
-                tokenizer = transformers.AutoTokenizer.from_pretrained(pieces, padding_side="right")
-                # transformers makes a tokenizer of special tokens alone where the files of one are missing
-                if not shape.vocab_size / 2 <= len(tokenizer) <= shape.vocab_size:
-                    raise InputError(
-                        f"{name}: its tokenizer has {len(tokenizer)} pieces, the encoder {shape.vocab_size}; expected "
-                        "the encoder's own tokenizer.json or spiece.model beside it"
-                    )
-                longest = getattr(shape, "max_position_embeddings", None)  # T5 has none: its positions are relative
-                if longest is not None and config.length > longest:
-                    raise InputError(f"text.length: got {config.length}, but '{config.model}' takes at most {longest}")
-                model, report = transformers.AutoModelForTextEncoding.from_pretrained(
-                    source, dtype=dtype, output_loading_info=True, **options
-                )
-        except InputError:
-            raise
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            if "tiktoken" in reason:  # what transformers says when it cannot read a spiece.model
-                for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
-                    if not _is_installed(module):
-                        raise missing_extra(package, "text", f"the tokenizer of '{config.model}'") from None
-                reason = "its spiece.model is damaged"
-            raise InputError(
-                f"{name} cannot be loaded: {reason}. Expected a folder with an encoder and its tokenizer, a Hub id "
-                "that is cached or reachable, or pip:PACKAGE"
-            ) from None
+        tokenizer = load_tokenizer(config)
+        with _explained(config):
+            model, report = transformers.AutoModelForTextEncoding.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options
+            )
         # transformers fills what a file lacks with random numbers; only the pooler's are not used here
         if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise InputError(f"{name}: its weights lack {some}; the files are not whole")
+            raise InputError(f"text encoder '{config.model}': its weights lack {some}; the files are not whole")
         return cls(tokenizer, model if quantize else model.to(device), config)
 
     @property
@@ -167,6 +142,52 @@ class TextEncoder:
     def _tokenize(self, captions: Sequence[str], **options):
         captions = [clean_caption(c) for c in captions] if self.config.clean else list(captions)
         return self.tokenizer(captions, return_attention_mask=True, add_special_tokens=True, **options)
+
+
+def load_tokenizer(config: TextConfig):
+    """The tokenizer of `config.model`; reads no weights, so it also shows early whether the encoder is there.
+
+    Raises:
+        InputError: as `TextEncoder.load`, but for the weights.
+    """
+    import transformers
+
+    (source, pieces), name = find_text_parts(config.model), f"text encoder '{config.model}'"
+    with _explained(config):
+        shape = transformers.AutoConfig.from_pretrained(source).get_text_config()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(pieces, padding_side="right")
+    # transformers makes a tokenizer of special tokens alone where the files of one are missing
+    if not shape.vocab_size / 2 <= len(tokenizer) <= shape.vocab_size:
+        raise InputError(
+            f"{name}: its tokenizer has {len(tokenizer)} pieces, the encoder {shape.vocab_size}; expected "
+            "the encoder's own tokenizer.json or spiece.model beside it"
+        )
+    longest = getattr(shape, "max_position_embeddings", None)  # T5 has none: its positions are relative
+    if longest is not None and config.length > longest:
+        raise InputError(f"text.length: got {config.length}, but '{config.model}' takes at most {longest}")
+    return tokenizer
+
+
+@contextmanager
+def _explained(config: TextConfig):
+    """Turn what transformers raises for files that are missing or damaged into one InputError."""
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        if "tiktoken" in reason:  # what transformers says when it cannot read a spiece.model
+            for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+                if not _is_installed(module):
+                    raise missing_extra(package, "text", f"the tokenizer of '{config.model}'") from None
+            reason = "its spiece.model is damaged"
+        raise InputError(
+            f"text encoder '{config.model}' cannot be loaded: {reason}. Expected a folder with an encoder and its "
+            "tokenizer, a Hub id that is cached or reachable, or pip:PACKAGE"
+        ) from None
 
 
 def find_text_model(name: str) -> str:

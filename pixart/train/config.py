@@ -18,6 +18,8 @@ from pixart.model.text import TextConfig
 class OptimizerConfig:
     name: str = "adamw"  # torch's fused AdamW, or any optimizer of timm.optim
     lr: float = 2e-5
+    # "sqrt" multiplies lr by √(train.batch_size / 256), as the authors' code does; the paper's table gives lr as it is
+    auto_lr: Literal["none", "sqrt"] = "none"
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     final_lr: float = 0.0  # what cosine and linear end at, as a share of lr
     warmup: int = 1000  # optimizer steps
@@ -45,6 +47,7 @@ class LoopConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
+    freeze: tuple[str, ...] = ()  # patterns of parameter names that stay as they are, as "blocks.[0-9].*"
     caption_dropout: float = 0.1
     ema: float = 0.9999  # decay per step
     ema_warmup: bool = False  # lower the decay to (1 + step) / (10 + step) at first
@@ -55,6 +58,8 @@ class LoopConfig:
     keep: int = 3  # checkpoints to keep
     on_save_error: Literal["continue", "stop"] = "continue"  # of a full disk, say; a run's last save must succeed
     trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate
+    # what mfu is a share of, in TFLOP/s of one device: by its data sheet, or "measure" for what a large product reaches
+    peak_tflops: float | Literal["measure"] | None = None
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "keep", "log_every"):
@@ -64,6 +69,8 @@ class LoopConfig:
             raise InputError(f"train.timeout: got {self.timeout}, expected seconds above 0")
         if not 0 <= self.ema < 1 or not 0 <= self.caption_dropout <= 1:
             raise InputError("train: ema must be in [0, 1), caption_dropout in [0, 1]")
+        if isinstance(self.peak_tflops, float) and not self.peak_tflops > 0:
+            raise InputError(f"train.peak_tflops: got {self.peak_tflops}, expected a positive number or measure")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Looking at a run while it trains: the loss on held-out images, and sample grids."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from pixart.grid import contact_sheet
 from pixart.pipeline import sample_latents, to_images
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import whole_model
+from pixart.train.quarters import quarter_means, sum_by_quarter
 from pixart.train.setup import Session
 from pixart.train.step import batch_losses
 
@@ -17,7 +19,7 @@ from pixart.train.step import batch_losses
 def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     """Loss of the averaged weights on the held-out images, in all and by quarter of the times, under fixed noise."""
     state, held_out = session.state, session.data.held_out
-    sums, counts = torch.zeros(4), torch.zeros(4)
+    sums = torch.zeros(2, 4, device=state.accelerator.device)
     size = max(config.train.batch_size // (config.train.accumulation * state.accelerator.num_processes), 1)
     for samples in held_out.by_bucket(size):
         # pass -1: times and noise that no training step sees, the same at every validation
@@ -27,15 +29,10 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
             losses = batch_losses(
                 state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
             )
-        quarter = (batch.time * 4).long().clamp(max=3).cpu()
-        weight = batch.weight.cpu()
-        sums.index_add_(0, quarter, losses["loss"].float().cpu() * weight)
-        counts.index_add_(0, quarter, weight)
-    result = {"validation_loss": (sums.sum() / counts.sum()).item()}
-    for i in range(4):
-        if counts[i]:
-            result[f"validation_loss_q{i + 1}"] = (sums[i] / counts[i]).item()
-    return result
+        sums += sum_by_quarter(losses["loss"], batch.time, batch.weight)
+    total, count = sums.sum(1).tolist()
+    loss = total / count if count else math.nan  # nothing was held out, or none of it could be read
+    return {"validation_loss": loss, **quarter_means(sums, "validation_loss")}
 
 
 def draw_samples(session: Session, config: TrainConfig) -> Path | None:

@@ -68,14 +68,15 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
             gone = _is_gone(session.data, micro_batches)
             result = train_step(state, micro_batches, session.schedule, session.autoencoder, config)
             progress.seconds += time.perf_counter() - begun
-            watch.add(result, waited)
+            watch.add(result, waited, micro_batches)
             window.add(progress.step, result, micro_batches, gone=gone)
 
             step = progress.step
             if _due(step, config.train.log_every, steps):
                 window.read(progress, watch.say)
                 _note_unreadable(session, window.take_problems(), watch)
-                watch.log(progress, learning_rate(config.optimizer, step - 1, steps), saver.take_stall())
+                lr = learning_rate(config.optimizer, step - 1, steps, config.train.batch_size)
+                watch.log(progress, lr, saver.take_stall())
 
             paused = time.perf_counter()
             if _due(step, config.train.validate_every, steps):

@@ -40,10 +40,14 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerCo
         raise InputError(f"optimizer '{config.name}' refuses its options {options}: {error}") from None
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `steps`: a linear warm-up, then the schedule."""
+def learning_rate(config: OptimizerConfig, step: int, steps: int, batch_size: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `steps`: a linear warm-up, then the schedule.
+
+    `batch_size` is the global one, which `auto_lr` asks for.
+    """
+    base = config.lr * math.sqrt(batch_size / 256) if config.auto_lr == "sqrt" else config.lr
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return base * (step + 1) / config.warmup
     done = (step - config.warmup) / max(steps - config.warmup, 1)
     if config.schedule == "constant":
         factor = 1.0
@@ -51,4 +55,4 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         factor = 1 - (1 - config.final_lr) * done
     else:
         factor = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
-    return config.lr * factor
+    return base * factor

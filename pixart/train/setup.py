@@ -20,10 +20,12 @@ from pixart.disk import write_file
 from pixart.errors import InputError
 from pixart.model.autoencoder import Autoencoder, load_autoencoder
 from pixart.model.pixart import PixArt
+from pixart.train.check import check_sources
 from pixart.train.config import TrainConfig
 from pixart.train.data import Data, load_data, make_batches
 from pixart.train.distributed import Processes, check_sharded, shard
 from pixart.train.ema import make_ema
+from pixart.train.freeze import freeze
 from pixart.train.optimizer import make_optimizer
 from pixart.train.saver import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
@@ -31,11 +33,10 @@ from pixart.train.watch import check_trackers, start_trackers
 
 # changing these under a run that goes on is normal; anything else would make it another run
 FREE_TO_CHANGE = {
-    "output", "resume", "sample", "prompts", "evaluate", "train.steps", "train.accumulation", "train.compile",
-    "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every", "train.save_every",
-    "train.keep", "train.trackers", "train.parallel", "train.timeout", "train.on_save_error", "optimizer.skip_above",
-    "data.workers", "data.cache", "data.folder", "data.features",
-    "extract",
+    "output", "resume", "sample", "prompts", "evaluate", "extract", "train.steps", "train.accumulation",
+    "train.compile", "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every",
+    "train.save_every", "train.keep", "train.trackers", "train.peak_tflops", "train.parallel", "train.timeout",
+    "train.on_save_error", "optimizer.skip_above", "data.workers", "data.cache", "data.folder", "data.features",
 }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def start(config: TrainConfig) -> Session:
     check_shapes(config)
     if config.train.parallel == "fsdp":
         check_sharded(config.optimizer.name, config.train.mixed_precision)
+    check_sources(config)
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.train.timeout)
     run, checkpoint = open_run(config, accelerator, processes)
@@ -174,13 +176,14 @@ def build_state(
     model.gradient_checkpointing = config.train.gradient_checkpointing
     if config.train.compile:
         model.compile_blocks()
+    freeze(model, config.train.freeze)
     if config.train.parallel == "fsdp":  # accelerate's own way knows no CPU, and its prepare_model no sharded model
         shard(model, accelerator.device, torch.bfloat16 if config.train.mixed_precision == "bf16" else None)
         shard(ema, accelerator.device, trained=False)
         wrapped = model
     else:
         wrapped = accelerator.prepare_model(model)
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
     return TrainState(model, wrapped, ema, optimizer, accelerator, processes)
 
 

@@ -14,6 +14,7 @@ from pixart.train.config import TrainConfig
 from pixart.train.distributed import clip_gradients, gradient_sync
 from pixart.train.ema import ema_decay, update_ema
 from pixart.train.optimizer import learning_rate
+from pixart.train.quarters import sum_by_quarter
 from pixart.train.state import TrainState
 
 OUTCOMES = ("applied", "non-finite", "spike", "unreadable")  # of a step; all but the first leave the state as it was
@@ -27,6 +28,7 @@ class StepResult:
     grad_norm: Tensor  # of all parameters, before clipping
     images: Tensor  # that were read, over all processes
     outcome: Tensor  # index into OUTCOMES
+    quarters: Tensor  # (2, 4) sums and counts of this process's losses by quarter of the times
 
 
 class StepReport(NamedTuple):
@@ -47,14 +49,14 @@ def train_step(
 ) -> StepResult:
     """Gradients of a global batch's mean loss, clipped; then weights and EMA, unless `judge` says otherwise."""
     accelerator, optimizer, progress = state.accelerator, state.optimizer, state.progress
-    lr = learning_rate(config.optimizer, progress.step, config.train.steps)
+    lr = learning_rate(config.optimizer, progress.step, config.train.steps, config.train.batch_size)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
     # gradients are averaged over processes: this makes it the mean over all pictures that were read
     images = accelerator.reduce(torch.stack([b.weight.sum() for b in micro_batches]).sum())
     scale = accelerator.num_processes / images.clamp(min=1)
-    total = torch.zeros((), device=accelerator.device)
+    total, quarters = torch.zeros((), device=accelerator.device), torch.zeros(2, 4, device=accelerator.device)
     for i, batch in enumerate(micro_batches):
         with gradient_sync(state.wrapped, i + 1 == len(micro_batches)):
             with accelerator.autocast():
@@ -62,6 +64,7 @@ def train_step(
             loss = (losses["loss"] * batch.weight).sum() * scale
             accelerator.backward(loss)
         total += loss.detach()
+        quarters += sum_by_quarter(losses["loss"], batch.time, batch.weight)
     total = accelerator.reduce(total, reduction="mean")
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(optimizer)
@@ -77,7 +80,7 @@ def train_step(
     )
     progress.step += 1
     progress.images += config.train.batch_size
-    return StepResult(total, grad_norm, images, outcome)
+    return StepResult(total, grad_norm, images, outcome, quarters)
 
 
 def judge(loss: Tensor, grad_norm: Tensor, images: Tensor, skip_above: float | None) -> Tensor:

@@ -1,0 +1,60 @@
+"""Captions from class folders, as ImageNet has them: the class's names become every picture's captions."""
+
+import json
+import os
+from pathlib import Path
+
+from pixart.data.images import IMAGE_SUFFIXES
+from pixart.errors import InputError
+
+
+def write_class_captions(folder: str | Path, names: str | Path) -> tuple[int, int]:
+    """Write `folder`/metadata.jsonl for pictures in one folder per class → number of pictures, and of classes.
+
+    Args:
+        names: a text file with a line per class: the folder's name, then the class's names between commas, as in
+            ImageNet's LOC_synset_mapping.txt ("n01440764 tench, Tinca tinca"). They are captions in turn.
+
+    Raises:
+        InputError: no such folder or file; a folder without a line, named; metadata.jsonl is there already.
+    """
+    folder, names = Path(folder), Path(names)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; expected one folder per class in it")
+    target = folder / "metadata.jsonl"
+    if target.exists():
+        raise InputError(f"{target} is already there; remove it to write it anew")
+    captions = _read_names(names)
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if unknown := [path.name for path in classes if path.name not in captions]:
+        raise InputError(f"{names}: no line for {len(unknown)} of {len(classes)} folders, the first is {unknown[0]}")
+    part, count = target.with_name(".metadata.jsonl.part"), 0
+    with open(part, "w", encoding="utf-8") as file:
+        for path in classes:
+            for image in sorted(path.rglob("*")):
+                if image.suffix.lower() in IMAGE_SUFFIXES:
+                    row = {"file_name": image.relative_to(folder).as_posix(), "text": captions[path.name]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    count += 1
+    if not count:
+        part.unlink()
+        raise InputError(f"{folder}: no pictures in class folders")
+    os.replace(part, target)
+    return count, len(classes)
+
+
+def _read_names(path: Path) -> dict[str, list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names {path}: cannot be read ({error})") from None
+    captions = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        folder, _, rest = line.strip().partition(" ")
+        texts = [text.strip() for text in rest.split(",") if text.strip()]
+        if not texts or folder in captions:
+            raise InputError(f"{path}:{number}: expected a folder not named before and its names, got '{line[:60]}'")
+        captions[folder] = texts
+    return captions

@@ -1,0 +1,68 @@
+"""What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pixart.captions import clean_caption
+from pixart.checkpoint.files import checkpoints
+from pixart.checkpoint.locate import locate
+from pixart.data.config import DataConfig
+from pixart.data.official import is_official
+from pixart.data.store import read_manifest
+from pixart.errors import InputError
+from pixart.model.pixart import PixArt
+from pixart.model.text import TextConfig, load_tokenizer
+from pixart.model.vae_files import CONFIG, find_weights, read_settings
+from pixart.train.config import TrainConfig
+from pixart.train.freeze import match_names
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Look for the pictures, the text encoder, the VAE and the weights to start from; only headers are read.
+
+    Raises:
+        InputError: what is missing, a line each; or `train.freeze` does not fit the model.
+    """
+    with torch.device("meta"):
+        names = [name for name, _ in PixArt(config.model).named_parameters()]
+    match_names(names, config.train.freeze)
+    looks: dict[str, Callable] = {}
+    if stores := [config.data.features] * bool(config.data.features) + [*config.data.mix]:
+        # which hold the prompts' states too, as a rule
+        looks = {f"features {store}": partial(_look_for_features, store) for store in stores}
+    else:
+        looks["text.model"] = lambda: _look_for_text(config.text)
+    if not config.data.prepare and not stores:
+        looks = {"data.folder": lambda: _look_for_data(config.data), **looks}
+    if config.vae.kind == "kl":
+        looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
+    if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
+        looks["init_from"] = lambda: locate(config.init_from)
+    missing = []
+    for key, look in looks.items():
+        try:
+            look()
+        except InputError as error:
+            missing.append(f"{key}: {error}")
+    if missing:
+        several = f"{len(missing)} things are missing:\n  " if len(missing) > 1 else ""
+        raise InputError(several + "\n  ".join(missing))
+
+
+def _look_for_features(folder: str) -> None:
+    if not is_official(folder):
+        read_manifest(Path(folder))
+
+
+def _look_for_data(config: DataConfig) -> None:
+    if not Path(config.folder).exists():
+        raise InputError(f"there is no {config.folder}; expected a folder of images with captions")
+
+
+def _look_for_text(config: TextConfig) -> None:
+    load_tokenizer(config)
+    if config.clean:
+        clean_caption("")  # needs packages of an extra

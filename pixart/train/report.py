@@ -1,0 +1,107 @@
+"""Two small files for who is not looking: is the run alive (`heartbeat.json`), and how did it end (`summary.json`)."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pixart.config import dump_yaml
+from pixart.errors import InputError
+from pixart.train.config import TrainConfig
+from pixart.train.state import Progress
+
+METRICS, HEARTBEAT, SUMMARY = "metrics.jsonl", "heartbeat.json", "summary.json"
+
+
+def replace_json(path: Path, values: dict) -> None:
+    """Write a JSON file so that a reader finds the old one or the new one, never half of it.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file is as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line, on a line of its own also where a full disk has torn the last one.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    with open(path, "a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            line = "\n" + line
+        file.write(line.encode() + b"\n")
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """Rows of a metrics.jsonl that are whole: a kill or a full disk can tear a line."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+
+
+def read_gpu_hours(run: Path) -> float:
+    """Device-hours that the heartbeat of this run's last start came to; 0 where there was none.
+
+    The heartbeat knows the steps that a kill has lost, a checkpoint does not.
+    """
+    path = run / HEARTBEAT
+    if not path.exists():
+        return 0.0
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["gpu_hours"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it to count device-hours from 0") from None
+
+
+def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseException | None) -> dict:
+    """How a run stands or ended, as `summary.json` has it; `error` is what stopped it."""
+    finished = error is None and progress.step >= config.train.steps
+    why = "finished" if finished else "stopped by a signal"
+    if error is not None:
+        why = f"{type(error).__name__}: {error}".rstrip(": ")
+    loss = validation = best = best_step = None
+    for row in read_rows(run / METRICS):
+        loss, validation = row.get("loss", loss), row.get("validation_loss", validation)
+        if math.isfinite(row.get("validation_loss", math.nan)) and (best is None or row["validation_loss"] < best):
+            best, best_step = row["validation_loss"], row["step"]
+    return {
+        "finished": finished,
+        "why": why,
+        "step": progress.step,
+        "steps": config.train.steps,
+        "images": progress.images,
+        "seconds": progress.seconds,
+        "loss": loss,
+        "validation_loss": validation,
+        "best_validation_loss": best,
+        "best_validation_step": best_step,
+        "skipped": progress.skipped,
+        "unreadable": len(progress.unreadable),
+        "config_sha256": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("pixart", "torch", "accelerate", "transformers", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # pixart itself may run from its folder
+            found[package] = None
+    return found

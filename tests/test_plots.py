@@ -1,0 +1,88 @@
+"""Curves: what is drawn is what was logged."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart.errors import InputError
+from pixart.evaluate.plots import _names, plot_runs, read_curves, smooth
+from runs import run_script
+
+
+def make_run(folder: Path, rows: list[dict], tail: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return folder
+
+
+def logged(count: int, *, validation: bool = True, level: float = 1.0) -> list[dict]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(1, count + 1):
+        loss = level * (0.2 + 1 / i) + 0.02 * rng.standard_normal()
+        rows.append({"step": 10 * i, "loss": loss, "images_per_second": 50 * level + rng.standard_normal()})
+        if validation and i % 20 == 0:
+            rows.append({"step": 10 * i, "validation_loss": level * (0.25 + 1 / i)})
+    return rows
+
+
+def test_the_running_mean_is_centred_and_keeps_a_straight_line():
+    line = [0.5 * i for i in range(200)]
+    assert smooth(line, 0.1) == pytest.approx(line)
+    spike = [0.0] * 50 + [1.0] + [0.0] * 50
+    assert smooth(spike, 0.1)[45:56] == pytest.approx([1 / 11] * 11)
+    assert smooth(spike, 0.1)[44] == 0 == smooth(spike, 0.1)[56]
+    assert smooth([3.0], 0.02) == [3.0]
+
+
+def test_curves_are_the_rows_and_a_torn_last_line_is_left_out(tmp_path):
+    run = make_run(tmp_path / "a", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "lr": 3}], '{"step": 3, "lo')
+    assert read_curves(run) == {"loss": ([1, 2], [2.0, 1.0])}
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+def test_runs_of_different_kinds_are_drawn_into_one_png(tmp_path, log_x):
+    pytest.importorskip("matplotlib")
+    runs = [make_run(tmp_path / "a", logged(100)), make_run(tmp_path / "b", logged(60, validation=False, level=1.5))]
+    plot_runs(runs, tmp_path / "plot.png", log_x=log_x)
+    image = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB")).reshape(-1, 3)
+    for colour in ([31, 119, 180], [255, 127, 14]):  # the first two of matplotlib's cycle
+        assert (abs(image.astype(int) - colour).max(1) < 8).sum() > 200
+
+
+def test_names_are_the_shortest_that_tell_runs_apart():
+    assert _names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert _names(["x/a", "y/a"]) == ["x/a", "y/a"]
+    with pytest.raises(InputError, match="named twice"):
+        _names(["x/a", "x/../x/a"])
+
+
+def test_wrong_input_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"none: there is no metrics.jsonl in it"):
+        plot_runs([tmp_path / "none"], tmp_path / "plot.png")
+    with pytest.raises(InputError, match="nothing to draw"):
+        plot_runs([make_run(tmp_path / "empty", [])], tmp_path / "plot.png")
+    run = make_run(tmp_path / "run", logged(3))
+    with pytest.raises(InputError, match=r"expected the name of a .png file"):
+        plot_runs([run], tmp_path / "plot.txt")
+    with pytest.raises(InputError, match="cannot be written"):
+        plot_runs([run], tmp_path / "nowhere" / "plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'pixart\[plot\]'"):
+        plot_runs([run], tmp_path / "plot.png")
+
+
+def test_the_command_draws_and_refuses(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = make_run(tmp_path / "run", logged(40))
+    done = run_script("plot", run, "--output", tmp_path / "p.png", "--log-x")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    failed = run_script("plot", tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1

@@ -1,0 +1,213 @@
+"""Freezing, learning rates by batch size, stages, and what is looked for before any work."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pixart.checkpoint.files import checkpoints
+from pixart.config import load_config
+from pixart.data.class_captions import write_class_captions
+from pixart.errors import InputError
+from pixart.model import PRESETS
+from pixart.train.config import OptimizerConfig, TrainConfig
+from pixart.train.freeze import freeze, match_names
+from pixart.train.loop import train
+from pixart.train.optimizer import learning_rate
+from pixart.train.setup import check_shapes
+from runs import ROOT, build, make_pictures, make_text_encoder, run_script, settings
+from toy import tiny_model
+
+CONFIGS = ROOT / "configs"
+MISSING = ["data.folder", "text.model", "vae.source", "init_from"]
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("data") / "pictures", side=16)
+
+
+@pytest.fixture
+def base(tmp_path, pictures, text_encoder) -> dict:
+    return settings(tmp_path / "run", pictures, text_encoder)
+
+
+def weights(checkpoint: Path, kind: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / kind / "model.safetensors")
+
+
+def test_auto_lr_is_the_square_root_of_the_batch_over_256():
+    config = OptimizerConfig(lr=2e-5, auto_lr="sqrt", warmup=0)
+    assert learning_rate(config, 0, 10, 256) == 2e-5
+    assert learning_rate(config, 5, 10, 1024) == pytest.approx(4e-5)
+    assert learning_rate(config, 5, 10, 11392) == pytest.approx(2e-5 * 44.5**0.5)
+    plain = OptimizerConfig(lr=2e-5, warmup=0)
+    assert learning_rate(plain, 5, 10, 1024) == 2e-5
+
+
+def test_auto_lr_is_what_a_run_trains_with(base):
+    sgd = {"optimizer__name": "sgd", "optimizer__warmup": 0, "optimizer__weight_decay": 0.0, "train__steps": 1}
+    scaled = train(build(base, **sgd, optimizer__lr=0.8, optimizer__auto_lr="sqrt")).run  # √(4 / 256) is 1/8
+    plain = train(build(base, **sgd, optimizer__lr=0.1, output=f"{base['output']}2")).run
+    found, expected = weights(checkpoints(scaled)[-1]), weights(checkpoints(plain)[-1])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert '"lr": 0.1,' in (scaled / "metrics.jsonl").read_text()
+
+
+def test_frozen_parameters_stay_and_the_others_move(base):
+    run = train(build(base, train__freeze=["blocks.0.*", "*.scale_shift_table", "x_embedder.proj.bias"],
+                      train__save_every=1, train__keep=9, optimizer__warmup=0)).run  # fmt: skip
+    first, last = weights(checkpoints(run)[0]), weights(checkpoints(run)[-1])
+    averages = weights(checkpoints(run)[-1], "ema")
+    for name in first:
+        if name == "y_embedder.y_embedding":
+            continue
+        still = name.startswith("blocks.0.") or name.endswith("scale_shift_table") or name == "x_embedder.proj.bias"
+        assert torch.equal(first[name], last[name]) == still, name
+        if still:
+            assert torch.equal(averages[name], last[name]), name
+    state = torch.load(checkpoints(run)[-1] / "training.pt", weights_only=True)
+    model = tiny_model(in_channels=3, learn_sigma=False)
+    frozen = match_names([n for n, _ in model.named_parameters()], ["blocks.0.*", "*.scale_shift_table"])
+    assert len(state["optimizer"]["state"]) == len(list(model.parameters())) - len(frozen) - 1
+
+
+def test_a_frozen_run_goes_on_bit_for_bit(base):
+    options = {"train__freeze": ["blocks.0.*"], "train__keep": 9}
+    straight = train(build(base, **options)).run
+    again = Path(f"{base['output']}2")
+    shutil.copytree(straight, again)
+    shutil.rmtree(checkpoints(again)[-1])
+    train(build(base, **options, output=str(again)))
+    found, expected = weights(checkpoints(again)[-1]), weights(checkpoints(straight)[-1])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_pattern_that_matches_nothing_names_near_ones_before_any_work(base):
+    broken = build(base, train__freeze=["blocks.1.atn.qkv.*"], data__folder="none", text__model="none")
+    with pytest.raises(InputError, match=r"'blocks.1.atn.qkv.\*' matches no parameter; near it are blocks.1.attn.qkv"):
+        train(broken)
+    with pytest.raises(InputError, match="match every parameter: nothing is left to train"):
+        train(build(base, train__freeze=["*"]))
+    train(build(base, train__steps=2))
+    with pytest.raises(InputError, match=r"another configuration .*train.freeze"):
+        train(build(base, train__steps=4, train__freeze=["blocks.0.*"]))
+
+
+def test_freezing_nothing_trains_everything():
+    model = copy.deepcopy(tiny_model())
+    freeze(model, ["blocks.*"])
+    freeze(model, [])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_stage_is_a_config_with_a_base_and_the_run_before_it(base, tmp_path):
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({
+        "base": "first.yaml", "output": f"{base['output']}_16", "init_from": base["output"],
+        "data": {"resolution": 16}, "model": {"latent_size": 16, "position_scale": 2.0},
+        "train": {"steps": 2, "batch_size": 2, "save_every": 1}, "optimizer": {"lr": 1e-30},
+    }))  # fmt: skip
+    first = train(load_config(TrainConfig, tmp_path / "first.yaml"))
+    second = train(load_config(TrainConfig, tmp_path / "second.yaml"))
+    averages, start = weights(checkpoints(first.run)[-1], "ema"), weights(checkpoints(second.run)[0])
+    assert all(torch.equal(start[name], averages[name]) for name in averages)  # lr is next to nothing
+    # a stage that goes on needs the one before it no more
+    config = load_config(TrainConfig, tmp_path / "second.yaml", ["train.steps=3"])
+    first.run.rename(tmp_path / "moved")
+    assert train(config).step == 3
+
+
+def test_everything_missing_is_told_at_once_before_any_work(base, tmp_path):
+    with pytest.raises(InputError) as caught:
+        train(build(base, text__model=str(tmp_path / "t5"), init_from=str(tmp_path / "weights.pth"),
+                    vae={"kind": "kl", "source": str(tmp_path / "vae")}, model__in_channels=4, model__latent_size=1,
+                    data__folder=str(tmp_path / "none"), model__patch_size=1))  # fmt: skip
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "4 things are missing:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == MISSING
+    assert not (tmp_path / "run").exists()
+
+
+RECIPES = {
+    "finetune_256": "alpha-256", "finetune_512": "alpha-512", "finetune_1024ms": "alpha-1024",
+    "paper/1_imagenet": "alpha-256", "paper/2_sam": "alpha-256", "paper/3_aesthetic_256": "alpha-256",
+    "paper/4_aesthetic_512": "alpha-512", "paper/5_aesthetic_1024ms": "alpha-1024",
+}  # fmt: skip
+PAPER = {  # steps, global batch, side: as the paper's table has them
+    "1_imagenet": (300_000, 1024, 256), "2_sam": (150_000, 11_392, 256), "3_aesthetic_256": (90_000, 11_392, 256),
+    "4_aesthetic_512": (100_000, 2_560, 512), "5_aesthetic_1024ms": (16_000, 384, 1024),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_its_preset_on_its_autoencoder(name):
+    config = load_config(TrainConfig, CONFIGS / f"{name}.yaml")
+    assert config.model == PRESETS[RECIPES[name]]
+    assert config.vae.scale == 0.18215
+    assert config.text.length == config.model.caption_length
+    assert config.data.aspect_ratios == config.model.micro_conditions
+    assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.eps) == (2e-5, 0.01, 1e-10)
+    assert (config.optimizer.weight_decay, config.optimizer.warmup, config.train.ema) == (0.03, 1000, 0.9999)
+    check_shapes(config)
+
+
+def test_every_recipe_is_tested_and_stages_follow_one_another():
+    found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
+    assert found - set(RECIPES) == {"openmoji", "openmoji_full"}
+    before = None
+    for name, (steps, batch, side) in PAPER.items():
+        config = load_config(TrainConfig, CONFIGS / "paper" / f"{name}.yaml")
+        assert (config.train.steps, config.train.batch_size, config.data.resolution) == (steps, batch, side)
+        assert config.init_from == before
+        before = config.output
+
+
+def test_what_fine_tuning_lacks_is_told_in_one_go_before_any_work(tmp_path):
+    done = run_script("train", CONFIGS / "finetune_512.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert [line.split(":")[0].strip() for line in done.stderr.splitlines()[1:]] == MISSING
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_class_folders_get_the_names_of_their_classes_as_captions(tmp_path):
+    for name in ("n01", "n02"):
+        make_pictures(tmp_path / "imagenet" / name, count=2)
+    (tmp_path / "names.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\nn03 shark\n")
+    assert write_class_captions(tmp_path / "imagenet", tmp_path / "names.txt") == (4, 2)
+    rows = [json.loads(line) for line in (tmp_path / "imagenet" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["text"]) for row in rows] == [
+        ("n01/00.png", ["tench", "Tinca tinca"]), ("n01/01.png", ["tench", "Tinca tinca"]),
+        ("n02/00.png", ["goldfish"]), ("n02/01.png", ["goldfish"]),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="already there"):
+        write_class_captions(tmp_path / "imagenet", tmp_path / "names.txt")
+
+
+def test_class_captions_refuse_what_does_not_fit(tmp_path):
+    make_pictures(tmp_path / "imagenet" / "n01", count=1)
+    names = tmp_path / "names.txt"
+    names.write_text("n02 goldfish\n")
+    with pytest.raises(InputError, match="no line for 1 of 1 folders, the first is n01"):
+        write_class_captions(tmp_path / "imagenet", names)
+    names.write_text("n01 tench\nn01 goldfish\n")
+    with pytest.raises(InputError, match=r"names.txt:2: expected a folder not named before"):
+        write_class_captions(tmp_path / "imagenet", names)
+    names.write_text("n01\n")
+    with pytest.raises(InputError, match=r"names.txt:1: "):
+        write_class_captions(tmp_path / "imagenet", names)
+    with pytest.raises(InputError, match="there is no such folder"):
+        write_class_captions(tmp_path / "none", names)
+    with pytest.raises(InputError, match="cannot be read"):
+        write_class_captions(tmp_path / "imagenet", tmp_path / "none.txt")
+    assert not (tmp_path / "imagenet" / "metadata.jsonl").exists()

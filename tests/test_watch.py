@@ -1,0 +1,221 @@
+"""What a run tells of itself, against what it did."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import pixart.train.loop as loop_module
+import pixart.train.step as step_module
+import pixart.train.watch as watch_module
+from pixart.config import dump_yaml
+from pixart.errors import InputError
+from pixart.model import PixArt
+from pixart.train.loop import train
+from pixart.train.meters import measure_peak
+from pixart.train.quarters import quarter_means, sum_by_quarter
+from pixart.train.report import append_line, read_gpu_hours, read_rows
+from runs import build, make_pictures, make_text_encoder, settings
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture
+def base(tmp_path, pictures, text_encoder) -> dict:
+    return settings(tmp_path / "run", pictures, text_encoder)
+
+
+def rows(run: Path) -> list[dict]:
+    return list(read_rows(run / "metrics.jsonl"))
+
+
+def read(run: Path, name: str) -> dict:
+    return json.loads((run / name).read_text())
+
+
+def test_losses_by_quarter_of_the_times_are_those_of_a_direct_count(base, monkeypatch):
+    original, seen = step_module.batch_losses, []
+
+    def spy(network, model, batch, *arguments, **options):
+        losses = original(network, model, batch, *arguments, **options)
+        seen.extend(zip(batch.time.tolist(), losses["loss"].tolist(), strict=True))
+        return losses
+
+    monkeypatch.setattr(step_module, "batch_losses", spy)
+    run = train(build(base, train__log_every=3, train__accumulation=2)).run
+    for row, pictures in zip(rows(run), (seen[:12], seen[12:]), strict=True):
+        for i in range(4):
+            inside = [loss for time, loss in pictures if i / 4 <= time < (i + 1) / 4]
+            if inside:
+                assert row[f"loss_q{i + 1}"] == pytest.approx(sum(inside) / len(inside), rel=1e-5)
+            else:
+                assert f"loss_q{i + 1}" not in row
+        assert row["loss"] == pytest.approx(sum(loss for _, loss in pictures) / 12, rel=1e-5)
+
+
+def test_a_picture_without_weight_counts_in_no_quarter_even_if_its_loss_is_not_finite():
+    losses, time = torch.tensor([1.0, math.nan, 3.0, 5.0]), torch.tensor([0.0, 0.1, 0.99999, 0.99999])
+    sums = sum_by_quarter(losses, time, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert sums.tolist() == [[1, 0, 0, 8], [1, 0, 0, 2]]
+    assert quarter_means(sums, "loss") == {"loss_q1": 1.0, "loss_q4": 4.0}
+
+
+def test_model_tflops_are_those_of_the_batches_and_mfu_their_share_of_the_peak(base, monkeypatch):
+    add, shapes = watch_module.Watch.add, []
+
+    def spy(self, result, wait, batches):
+        shapes.extend((len(batch.ids), batch.caption.shape[1]) for batch in batches)
+        add(self, result, wait, batches)
+
+    monkeypatch.setattr(watch_module.Watch, "add", spy)
+    config = build(base, train__log_every=6, train__peak_tflops=0.5)
+    (row,) = rows(train(config).run)
+    flops = 0
+    for count, length in shapes:
+        with torch.device("meta"):
+            inputs = torch.empty(count, 3, 8, 8), torch.empty(count), torch.empty(count, length, 16)
+            with FlopCounterMode(display=False) as counter:
+                PixArt(config.model)(*inputs)
+        flops += 3 * counter.get_total_flops()
+    seconds = sum(count for count, _ in shapes) / row["images_per_second"]
+    assert row["model_tflops"] == pytest.approx(flops / seconds / 1e12, rel=1e-5)
+    assert row["mfu"] == pytest.approx(row["model_tflops"] / 0.5)
+    assert 0 < row["memory_gb"] < 64
+    assert 0 <= row["data_wait"] < 1
+
+
+def test_a_measured_peak_is_said_and_is_what_a_product_reaches(base, capsys):
+    run = train(build(base, train__steps=1, train__peak_tflops="measure")).run
+    assert "measured here in torch.float32" in capsys.readouterr().out
+    summary = read(run, "summary.json")
+    assert summary["peak_is"] == "measured" and summary["peak_tflops"] > 0
+    assert rows(run)[0]["mfu"] == pytest.approx(rows(run)[0]["model_tflops"] / summary["peak_tflops"])
+    left = torch.randn(1024, 1024)
+    start = time.perf_counter()
+    for _ in range(5):
+        left @ left
+    reached = 5 * 2 * 1024**3 / (time.perf_counter() - start) / 1e12
+    assert reached / 5 < measure_peak(torch.device("cpu"), torch.float32) < reached * 5
+
+
+def test_a_peak_that_is_no_number_and_no_known_word_is_refused(base):
+    with pytest.raises(InputError, match=r"train.peak_tflops: got 'guess', expected a number or measure"):
+        build(base, train__peak_tflops="guess")
+    with pytest.raises(InputError, match=r"train.peak_tflops: got -1.0"):
+        build(base, train__peak_tflops=-1)
+
+
+def test_a_finished_run_leaves_a_summary_and_a_last_heartbeat(base):
+    config = build(base, data__validation=0.3, train__validate_every=2, train__batch_size=2)
+    run = train(config).run
+    summary, beat, last = read(run, "summary.json"), read(run, "heartbeat.json"), rows(run)
+    validations = {row["step"]: row["validation_loss"] for row in last if "validation_loss" in row}
+    best = min(validations, key=validations.get)
+    assert summary["finished"] and summary["why"] == "finished"
+    assert (summary["step"], summary["steps"], summary["images"], summary["skipped"]) == (6, 6, 12, 0)
+    assert summary["loss"] == [row["loss"] for row in last if "loss" in row][-1]
+    assert summary["validation_loss"] == validations[6]
+    assert (summary["best_validation_loss"], summary["best_validation_step"]) == (validations[best], best)
+    assert summary["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert summary["seconds"] / 3600 <= summary["gpu_hours"]
+    assert (beat["step"], beat["steps"], beat["loss"]) == (6, 6, summary["loss"])
+    assert abs(beat["time"] - time.time()) < 60
+    assert not list(run.glob("*.part"))
+    assert summary["config_sha256"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    assert dump_yaml(config) == (run / "config.yaml").read_text()
+
+
+def test_a_stopped_run_says_so_and_its_continuation_replaces_that(base, monkeypatch):
+    original = loop_module.train_step
+
+    def step(state, *arguments):
+        if state.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(state, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "train_step", step)
+        run = train(build(base)).run
+    summary = read(run, "summary.json")
+    assert (summary["finished"], summary["why"], summary["step"]) == (False, "stopped by a signal", 3)
+    before = read_gpu_hours(run)
+    assert before > 0
+    train(build(base))
+    summary = read(run, "summary.json")
+    assert (summary["finished"], summary["step"]) == (True, 6)
+    assert summary["gpu_hours"] > before
+
+
+def test_a_failed_run_says_why_and_no_summary_of_an_earlier_start_stays(base, monkeypatch):
+    monkeypatch.setattr(step_module, "diffusion_loss", lambda *a: {"loss": a[2].flatten(1).mean(1) * math.nan})
+    with pytest.raises(InputError):
+        train(build(base, train__steps=20))
+    run = Path(base["output"])
+    summary = read(run, "summary.json")
+    assert not summary["finished"] and summary["why"].startswith("InputError: 10 steps in a row were not finite")
+    assert (summary["step"], summary["skipped"], summary["loss"]) == (10, 10, None)
+
+    def killed(*_):
+        assert not (run / "summary.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop_module, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(build(base, train__steps=20))
+    assert read(run, "summary.json")["why"] == "KeyboardInterrupt"
+
+
+def test_the_heart_beats_between_logging_points(base, monkeypatch):
+    monkeypatch.setattr(watch_module, "BEAT", 0)
+    original, beats = loop_module.train_step, []
+
+    def step(*arguments):
+        beats.append(read(Path(base["output"]), "heartbeat.json"))
+        return original(*arguments)
+
+    monkeypatch.setattr(loop_module, "train_step", step)
+    train(build(base, train__log_every=4))
+    assert [beat["step"] for beat in beats] == [0, 1, 2, 3, 4, 5]
+    assert [beat["loss"] is None for beat in beats] == [True] * 4 + [False] * 2
+
+
+def test_small_files_that_cannot_be_written_cost_a_warning_not_the_run(base, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(watch_module.report, "append_line", full)
+    monkeypatch.setattr(watch_module.report, "replace_json", full)
+    assert train(build(base)).finished
+    text = capsys.readouterr()
+    assert (text.out + text.err).count("metrics.jsonl could not be written ([Errno 28] No space left on device)") == 1
+
+
+def test_a_line_after_a_torn_one_stands_by_itself(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, '{"step": 1}')
+    with open(path, "a") as file:
+        file.write('{"step": 2, "lo')
+    append_line(path, '{"step": 3}')
+    assert [row["step"] for row in read_rows(path)] == [1, 3]
+
+
+def test_a_damaged_heartbeat_is_named(base, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "heartbeat.json").write_text("{")
+    with pytest.raises(InputError, match=r"heartbeat.json: cannot be read .* remove it"):
+        train(build(base))
