@@ -368,6 +368,20 @@ def test_one_sharded_process_gives_the_numbers_of_one_that_is_not(base):
     assert train(build(base, train__steps=8, output=f"{base['output']}_fsdp")).step == 8
 
 
+@pytest.mark.slow
+def test_sharding_bf16_compiled_blocks_and_gradient_checkpointing_go_together(base):
+    changes = {"train__parallel": "fsdp", "train__mixed_precision": "bf16", "train__gradient_checkpointing": True}
+    eager = train(build(base, **changes)).run
+    compiled = train(build(base, **changes, train__compile=True, output=f"{base['output']}_compiled")).run
+    exact = train(build(base, output=f"{base['output']}_exact")).run
+    for row, other, reference in zip(metrics(compiled), metrics(eager), metrics(exact), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0.01)
+        assert row["loss"] == pytest.approx(reference["loss"], rel=0.03)
+    found = tensors(checkpoints(compiled)[-1])
+    assert not any("_orig_mod" in name for name in found)
+    assert all(value.dtype == torch.float32 for value in found.values()), "the masters stay fp32"
+
+
 STAND_INS = {
     "srun": """trap 'sleep 0.3; exit 75' USR1; echo $$ > pid; echo "$@" "$WORLD_SIZE" "$MASTER_ADDR" > srun.txt
                if [ "$END" = now ]; then exit 0; fi; while :; do sleep 0.05; done""",
