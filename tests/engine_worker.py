@@ -35,7 +35,7 @@ def _have(accident: str) -> None:
         if state.progress.step == 5 and accident == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if state.progress.step == 5 and accident == "hang":
-            time.sleep(30)
+            time.sleep(12)
         if state.progress.step == 5 and accident == "signal":
             os.kill(os.getpid(), signal.SIGUSR1)
         return going(state, *arguments)

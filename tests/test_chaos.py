@@ -142,7 +142,7 @@ def test_four_processes_go_on_where_two_ended_sharded_or_not(runs, way):
 
 def test_a_sharded_checkpoint_is_a_model_like_any_other(runs):
     run = runs.many["long", "fsdp", 4]
-    network = load_model(str(run))[0]
+    network = load_model(str(run))
     found = tensors(newest_checkpoint(run, pytest.fail))
     for name, value in network.state_dict().items():
         assert torch.equal(value, found[f"ema/model.safetensors:{name}"]), name

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -364,3 +366,48 @@ def test_one_sharded_process_gives_the_numbers_of_one_that_is_not(base):
     assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in other.items()}
     assert train(build(base, train__parallel="fsdp", train__steps=8)).step == 8, "either goes on from the other"
     assert train(build(base, train__steps=8, output=f"{base['output']}_fsdp")).step == 8
+
+
+@pytest.mark.slow
+def test_sharding_bf16_compiled_blocks_and_gradient_checkpointing_go_together(base):
+    changes = {"train__parallel": "fsdp", "train__mixed_precision": "bf16", "train__gradient_checkpointing": True}
+    eager = train(build(base, **changes)).run
+    compiled = train(build(base, **changes, train__compile=True, output=f"{base['output']}_compiled")).run
+    exact = train(build(base, output=f"{base['output']}_exact")).run
+    for row, other, reference in zip(metrics(compiled), metrics(eager), metrics(exact), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0.01)
+        assert row["loss"] == pytest.approx(reference["loss"], rel=0.03)
+    found = tensors(checkpoints(compiled)[-1])
+    assert not any("_orig_mod" in name for name in found)
+    assert all(value.dtype == torch.float32 for value in found.values()), "the masters stay fp32"
+
+
+STAND_INS = {
+    "srun": """trap 'sleep 0.3; exit 75' USR1; echo $$ > pid; echo "$@" "$WORLD_SIZE" "$MASTER_ADDR" > srun.txt
+               if [ "$END" = now ]; then exit 0; fi; while :; do sleep 0.05; done""",
+    "scancel": 'echo "$@" > scancel.txt; kill -USR1 "$(cat pid)"',
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > scontrol.txt; fi',
+}
+
+
+@pytest.mark.parametrize("end", ["now", "by signal"])
+def test_the_slurm_script_goes_back_into_the_queue_after_a_signal_alone(tmp_path, end):
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "slurm.sh"), "CONFIG.yaml", "train.steps=9"], cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_NTASKS": "16",
+             "SLURM_JOB_NODELIST": "node[7-8]", "END": end},
+    )  # fmt: skip
+    deadline = time.monotonic() + 20
+    while end != "now" and not (tmp_path / "srun.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if end != "now":
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == (0 if end == "now" else 75)
+    assert (tmp_path / "srun.txt").read_text().split()[-4:] == ["CONFIG.yaml", "train.steps=9", "16", "node7"]
+    assert (tmp_path / "scontrol.txt").exists() == (end != "now")
+    if end != "now":
+        assert (tmp_path / "scancel.txt").read_text() == "--signal=USR1 41\n"
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 41\n"

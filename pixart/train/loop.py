@@ -92,7 +92,7 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
         window.read(progress, watch.say)
         if progress.step > first or progress.step >= steps:
             _save_last(saver, session, watch, config)
-    if gone:
+    if gone and progress.step < steps:
         raise InputError(
             f"data folder {config.data.folder}: its images are not there any more; is its disk still mounted? "
             f"Saved at step {progress.step}; the same command goes on once they are back"

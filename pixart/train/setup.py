@@ -1,6 +1,7 @@
 """What happens once, before the first step: the run's folder, model and optimizer."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -182,7 +183,9 @@ def build_state(
         shard(ema, accelerator.device, trained=False)
         wrapped = model
     else:
-        wrapped = accelerator.prepare_model(model)
+        with warnings.catch_warnings():  # torch 2.11 knows no other name for this option
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped = accelerator.prepare_model(model)
     optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
     return TrainState(model, wrapped, ema, optimizer, accelerator, processes)
 
