@@ -59,7 +59,7 @@ def _look_for_features(folder: str) -> None:
 
 def _look_for_data(config: DataConfig) -> None:
     if not Path(config.folder).exists():
-        raise InputError(f"there is no {config.folder}; expected a folder of images with captions")
+        raise InputError(f"{config.folder}: there is none; expected a folder of images with captions")
 
 
 def _look_for_text(config: TextConfig) -> None:

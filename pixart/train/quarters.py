@@ -13,7 +13,9 @@ def sum_by_quarter(losses: Tensor, time: Tensor, weight: Tensor) -> Tensor:
             quarter of them, whatever the distribution of times. The first is the least noisy.
         weight: (B,) 1, or 0 for a picture that does not count, whose loss may be anything.
     """
-    one_hot = torch.nn.functional.one_hot((time * 4).long().clamp(0, 3), 4).bool() & (weight > 0)[:, None]  # (B, 4)
+    # no one_hot: it looks at its values, and so waits for the device
+    quarter = (time * 4).long().clamp(0, 3)
+    one_hot = (quarter[:, None] == torch.arange(4, device=time.device)) & (weight > 0)[:, None]  # (B, 4)
     weighted = torch.stack([losses.detach().float() * weight, weight.float()])  # (2, B)
     # where, not a product: a loss that is not finite stays in its quarter
     return torch.where(one_hot, weighted[:, :, None], 0.0).sum(1)
