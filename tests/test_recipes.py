@@ -76,10 +76,12 @@ def test_frozen_parameters_stay_and_the_others_move(base):
         assert torch.equal(first[name], last[name]) == still, name
         if still:
             assert torch.equal(averages[name], last[name]), name
-    state = torch.load(checkpoints(run)[-1] / "training.pt", weights_only=True)
+    with safe_open(next(checkpoints(run)[-1].glob("optimizer-*.safetensors")), "pt") as file:
+        moved = {key.rsplit("/", 1)[0] for key in file.keys()}  # noqa: SIM118
+    print(sorted(moved)[:4], list(file.keys())[:4] if False else "")
     model = tiny_model(in_channels=3, learn_sigma=False)
     frozen = match_names([n for n, _ in model.named_parameters()], ["blocks.0.*", "*.scale_shift_table"])
-    assert len(state["optimizer"]["state"]) == len(list(model.parameters())) - len(frozen) - 1
+    assert len(moved) == len(list(model.parameters())) - len(frozen) - 1
 
 
 def test_a_frozen_run_goes_on_bit_for_bit(base):
@@ -164,7 +166,7 @@ def test_a_recipe_trains_its_preset_on_its_autoencoder(name):
 
 def test_every_recipe_is_tested_and_stages_follow_one_another():
     found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
-    assert found - set(RECIPES) == {"openmoji", "openmoji_full"}
+    assert found - set(RECIPES) == {"openmoji", "openmoji_full", "chaos"}
     before = None
     for name, (steps, batch, side) in PAPER.items():
         config = load_config(TrainConfig, CONFIGS / "paper" / f"{name}.yaml")

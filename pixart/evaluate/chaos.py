@@ -121,12 +121,7 @@ def _launch(config: str | Path, run: Path, processes: int, overrides: Sequence[s
 
 def _finish(ranks: list) -> dict[int, str]:
     """Wait for all ranks → the logs of those that failed."""
-    try:
-        codes = [rank.wait(timeout=PATIENCE) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        for rank in ranks:
-            rank.kill()
-        raise InputError(f"the processes hang; see {ranks[0].log.parent}") from None
+    codes = _wait(ranks)
     return {i: rank.log.read_text() for i, (rank, code) in enumerate(zip(ranks, codes, strict=True)) if code}
 
 
@@ -135,17 +130,17 @@ def _kill(ranks: list, run: Path, steps: int, numbers: random.Random, *, within_
     start = max([int(path.name[5:]) for path in checkpoints(run)], default=0)
     target = start + numbers.randint(2, max((steps - start) // 3, 3))
     delay, victims = numbers.uniform(0, 0.02), ranks if numbers.random() < 0.5 else [numbers.choice(ranks)]
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if any(rank.poll() is not None for rank in ranks):
-            break
-        if _step(run) >= target and (not within_save or list((run / "checkpoints").glob(".step_*"))):
+    notes, deadline = run / "samples-0.jsonl", time.monotonic() + PATIENCE
+    before = notes.stat().st_size if notes.exists() else 0  # what the starts before this one have left
+    while time.monotonic() < deadline and not any(rank.poll() is not None for rank in ranks):
+        going = notes.exists() and notes.stat().st_size > before and _step(notes) >= target
+        if going and (not within_save or list((run / "checkpoints").glob(".step_*"))):
             time.sleep(0 if within_save else delay)
             for rank in victims:
                 rank.send_signal(signal.SIGKILL)
             break
         time.sleep(0.0005)
-    codes = [rank.wait(timeout=PATIENCE) for rank in ranks]
+    codes = _wait(ranks)
     if -signal.SIGKILL not in codes:
         if any(codes):
             raise InputError(f"a process failed before it was killed; see {ranks[0].log.parent}")
@@ -153,14 +148,23 @@ def _kill(ranks: list, run: Path, steps: int, numbers: random.Random, *, within_
     return bool(list((run / "checkpoints").glob(".step_*")))
 
 
-def _step(run: Path) -> int:
-    """The step that the first process has reached."""
+def _wait(ranks: list) -> list[int]:
+    """The exit codes of all ranks, none of which may hang."""
     try:
-        with open(run / "samples-0.jsonl", "rb") as file:
-            file.seek(max(file.seek(0, 2) - 4096, 0))
-            return json.loads(file.read().split(b"\n")[-2])["step"]
-    except (OSError, IndexError, ValueError):
-        return 0
+        return [rank.wait(timeout=PATIENCE) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        raise InputError(f"a process hangs; see {ranks[0].log.parent}") from None
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def _step(notes: Path) -> int:
+    """The step of the last whole line."""
+    with open(notes, "rb") as file:
+        file.seek(max(file.seek(0, 2) - 4096, 0))
+        lines = file.read().split(b"\n")
+    return json.loads(lines[-2])["step"] if len(lines) > 2 else 0
 
 
 def _compare_samples(whole: Path, killed: Path, processes: int) -> tuple[int, int]:
