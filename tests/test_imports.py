@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "evaluate": 5, "train": 4, "pipeline": 3, "generate": 2.5, "checkpoint": 2, "data": 2, "model": 1, "diffusion": 1,
-    "config": 0, "captions": 0, "buckets": 0, "cli": 0, "grid": 0, "errors": -1,
+    "evaluate": 5, "benchmark": 5, "train": 4, "pipeline": 3, "generate": 2.5, "checkpoint": 2, "data": 2,
+    "model": 1, "diffusion": 1, "config": 0, "captions": 0, "buckets": 0, "cli": 0, "grid": 0, "errors": -1,
 }  # fmt: skip
 RUNTIME = {
     "torch", "transformers", "safetensors", "einops", "timm", "accelerate", "yaml", "numpy", "PIL", "tqdm",

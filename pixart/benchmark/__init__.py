@@ -1,0 +1,1 @@
+"""How fast it is: programs that do the same work, ours and others', timed side by side in one run."""
