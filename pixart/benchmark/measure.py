@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +107,10 @@ def measure(case: Case, settings: Settings) -> list[Result]:
     calls, results = {}, {}
     for name, make in case.programs.items():
         calls[name] = make()
-        first = timed(calls[name], settings)
-        flops = 0 if name in COMPILED else count_flops(calls[name])
+        counter = nullcontext() if name in COMPILED else flop_counter()
+        with counter:
+            first = timed(calls[name], settings)
+        flops = 0 if name in COMPILED else counter.get_total_flops()
         results[name] = Result(
             case.name, name, [], first, flops, case.images, case.bytes, note=case.note, settings=asdict(settings)
         )
@@ -139,11 +142,15 @@ def timed(call: Call, settings: Settings) -> float:
 
 def count_flops(call: Call) -> int:
     """FLOPs of matrix products, attention and convolutions that a call really does."""
-    # torch's counter does not know the product that our linear layers take on a CPU
-    own = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if torch.backends.mkldnn.is_available() else {}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which does not know the product that our linear layers take on a CPU."""
+    own = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if torch.backends.mkldnn.is_available() else {}
+    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def _linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape: torch.Size, **__) -> int:

@@ -1,13 +1,14 @@
 """A linear layer that is at the processor's limit in fp32, too.
 
 torch multiplies fp32 matrices on x86 with MKL, which leaves a third of an AMD processor unused; oneDNN, which comes
-with torch and already serves its convolutions and bf16, does not. Nothing changes on a GPU, in other dtypes or under
-autocast.
+with torch and already serves its convolutions and bf16, does not. Nothing changes on a GPU, in other dtypes, under
+autocast or where torch compiles.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 BOTH_LIBRARIES = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
@@ -41,7 +42,13 @@ class Linear(nn.Linear):
     """`nn.Linear`, with oneDNN's product where torch would take MKL's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        fp32 = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if x.is_cpu and fp32 and BOTH_LIBRARIES:
+        if _is_for_mkl(x, self.weight):
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+def _is_for_mkl(x: Tensor, weight: Tensor) -> bool:
+    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    # inductor chooses products of its own, and forward-mode derivatives need torch's
+    plain = not torch.compiler.is_compiling() and forward_ad._current_level < 0
+    return BOTH_LIBRARIES and x.is_cpu and fp32 and plain
