@@ -88,7 +88,18 @@ def test_programs_are_interleaved_and_the_first_calls_are_not_counted():
 
 
 def result(program: str, seconds: list[float], **changes) -> Result:
-    return Result("forward", program, seconds, 1.0, 10**9, 2, 0, rate=1e10, settings=asdict(SMALL), **changes)
+    return Result(
+        "forward",
+        program,
+        seconds,
+        1.0,
+        10**9,
+        2,
+        0,
+        rates={"slow": 5e9, "fast": 1e10},
+        settings=asdict(SMALL),
+        **changes,
+    )
 
 
 def test_the_table_says_how_many_times_as_fast_ours_is():

@@ -11,11 +11,13 @@ from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import (
     PIXELS,
     call_diffusers,
+    compiled_twin,
     diffusers_or_none,
     native,
     need_diffusers,
     network_in_diffusers,
     network_inputs,
+    network_programs,
     random_network,
     random_vae,
     vae_in_diffusers,
@@ -28,9 +30,6 @@ from pixart.checkpoint.locate import locate
 from pixart.checkpoint.save import save
 from pixart.model import PixArt
 from pixart.model.autoencoder import AutoencoderConfig
-
-# torch.compile's modes for diffusers' network; the first use of each costs minutes on a CPU
-MODES = {"diffusers-max-autotune": "max-autotune", "diffusers-reduce-overhead": "reduce-overhead"}
 
 
 def forward_case(settings: Settings) -> Case:
@@ -62,36 +61,14 @@ def _network_programs(model: PixArt, settings: Settings, use: Callable[..., Call
     """Our network and diffusers', eager and compiled, each put to use by `use(function of our inputs, module)`."""
 
     def ours(compiled: bool = False) -> Call:
-        if not compiled:
-            return use(model, model)
-        twin = twin_of(model)
-        twin.compile_blocks(dynamic=False)
-        return use(twin, twin)
+        network = compiled_twin(model) if compiled else model
+        return use(network, network)
 
-    def theirs(fused: bool = False, mode: str | None = None) -> Call:
-        network = network_in_diffusers(model, fused=fused)
-        if mode is not None:
-            network.compile(mode=mode, dynamic=False)
+    def theirs(**options) -> Call:
+        network = network_in_diffusers(model, **options)
         return use(lambda **inputs: call_diffusers(network, **inputs), network)
 
-    programs: dict[str, Callable[[], Call]] = {"ours": ours}
-    if settings.cuda or "ours-compiled" in settings.programs:
-        programs["ours-compiled"] = lambda: ours(compiled=True)
-    if diffusers_or_none() is not None:
-        programs["diffusers"] = theirs
-        programs["diffusers-fused"] = lambda: theirs(fused=True)
-        for name, mode in MODES.items():
-            if settings.cuda or name in settings.programs:
-                programs[name] = lambda mode=mode: theirs(mode=mode)
-    return programs
-
-
-def twin_of(model: PixArt) -> PixArt:
-    """A second model around the same tensors: compiling one leaves the other alone."""
-    with torch.device("meta"):
-        twin = PixArt(model.config)
-    twin.load_state_dict(model.state_dict(), strict=True, assign=True)
-    return twin.train(model.training).requires_grad_(True)
+    return network_programs(settings, ours, theirs)
 
 
 def decode_case(settings: Settings) -> Case:

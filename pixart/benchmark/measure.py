@@ -92,8 +92,7 @@ class Result:
     bytes: int
     memory: int | None = None  # peak, in bytes: of the process on a CPU, of the allocator on CUDA
     before: int | None = None  # the process's size before the program was made
-    rate: float = 0.0  # of the matrix product, FLOP/s, in the same rounds
-    product: str = ""
+    rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of matrix products in the same rounds
     note: str = ""
     settings: dict = field(default_factory=dict)
 
@@ -124,10 +123,8 @@ def measure(case: Case, settings: Settings) -> list[Result]:
             results[name].seconds.append(timed(call, settings))
         for name, (call, flops) in products.items():
             rates[name].append(flops / timed(call, settings))
-    if rates:
-        product = max(rates, key=lambda name: statistics.median(rates[name]))
-        for result in results.values():
-            result.product, result.rate = product, statistics.median(rates[product])
+    for result in results.values():
+        result.rates = {name: statistics.median(found) for name, found in rates.items()}
     return list(results.values())
 
 

@@ -1,17 +1,20 @@
 """Random networks of ours, and diffusers' with the very same weights in memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pixart.benchmark.measure import Settings
+from pixart.benchmark.measure import Call, Settings
 from pixart.checkpoint.keys import to_diffusers
 from pixart.errors import missing_extra
 from pixart.model import PixArt, PixArtConfig
 from pixart.model.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 
 PIXELS = 8  # of a latent's side
+# torch.compile's modes for diffusers' network
+MODES = {"diffusers-max-autotune": "max-autotune", "diffusers-reduce-overhead": "reduce-overhead"}
 
 
 def diffusers_or_none():
@@ -30,7 +33,7 @@ def need_diffusers():
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Fill a module's weights with small random numbers; a hundred times faster than to initialise them."""
+    """Fill a module's weights with small random numbers: none may be zero, which real ones are not."""
     generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -44,8 +47,11 @@ def random_network(settings: Settings, config: PixArtConfig | None = None) -> Pi
     return randomise(model.to(settings.torch_dtype).to_empty(device=settings.device))
 
 
-def network_in_diffusers(model: PixArt, *, fused: bool = False) -> nn.Module:
-    """diffusers' network around our model's tensors, not copies of them; with `fused` its merged projections are."""
+def network_in_diffusers(model: PixArt, *, fused: bool = False, mode: str | None = None) -> nn.Module:
+    """diffusers' network around our model's tensors, not copies of them; with `fused` its merged projections are.
+
+    `mode` is torch.compile's.
+    """
     diffusers = need_diffusers()
     c, weight = model.config, model.x_embedder.proj.weight
     with torch.device("meta"):
@@ -63,7 +69,37 @@ def network_in_diffusers(model: PixArt, *, fused: bool = False) -> nn.Module:
     network.load_state_dict(state, strict=True, assign=True)
     if fused:
         network.fuse_qkv_projections()
-    return network.requires_grad_(True)
+    network.requires_grad_(True)
+    if mode is not None:
+        network.compile(mode=mode, dynamic=False)
+    return network
+
+
+def compiled_twin(model: PixArt) -> PixArt:
+    """A second model around the same tensors, its blocks compiled; the first stays as it is."""
+    with torch.device("meta"):
+        twin = PixArt(model.config)
+    twin.load_state_dict(model.state_dict(), strict=True, assign=True)
+    twin.compile_blocks(dynamic=False)
+    return twin.train(model.training).requires_grad_(True)
+
+
+def network_programs(
+    settings: Settings, ours: Callable[..., Call], theirs: Callable[..., Call]
+) -> dict[str, Callable[[], Call]]:
+    """Programs of `ours(compiled)` and `theirs(fused, mode)`; compiled ones on CUDA, or where they are asked for."""
+
+    def wanted(name: str) -> bool:
+        return settings.cuda or name in settings.programs
+
+    programs: dict[str, Callable[[], Call]] = {"ours": ours}
+    if wanted("ours-compiled"):
+        programs["ours-compiled"] = lambda: ours(compiled=True)
+    if diffusers_or_none() is not None:
+        programs.update({"diffusers": theirs, "diffusers-fused": lambda: theirs(fused=True)})
+        chosen = {name: mode for name, mode in MODES.items() if wanted(name)}
+        programs.update({name: lambda mode=mode: theirs(mode=mode) for name, mode in chosen.items()})
+    return programs
 
 
 def network_inputs(model: PixArt, settings: Settings) -> dict[str, Tensor]:

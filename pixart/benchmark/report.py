@@ -20,15 +20,16 @@ def table(results: list[Result]) -> str:
         seconds = sorted(r.seconds)
         rate = r.flops / r.median
         speed = f"{rate / 1e9:,.0f}" if r.flops else f"{r.bytes / r.median / 1e9:.1f} GB/s" if r.bytes else ""
-        share = f"{rate / r.rate:.0%}" if r.rate and r.flops else ""
+        share = f"{rate / max(r.rates.values()):.0%}" if r.rates and r.flops else ""
         ratio = f"{r.median / ours[r.case]:.2f} ×" if r.case in ours and r.program != "ours" else ""
         rows.append((
             r.case, r.program, duration(r.median), f"{duration(seconds[0])} … {duration(seconds[-1])}", ratio,
             memory(r), speed, share, r.note,
         ))  # fmt: skip
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    products = sorted({f"{r.product}: {r.rate / 1e9:,.0f} GFLOP/s" for r in results if r.product})
-    return "\n".join([*lines, *(f"\nthe product: {product}" for product in products), *compile_costs(results)])
+    products = {r.case: [f"{name} {rate / 1e9:,.0f}" for name, rate in r.rates.items()] for r in results if r.rates}
+    products = [f"\n{case}: products in GFLOP/s, the fastest counts: {'; '.join(of)}" for case, of in products.items()]
+    return "\n".join([*lines, *products, *compile_costs(results)])
 
 
 def compile_costs(results: list[Result]) -> list[str]:

@@ -1,6 +1,5 @@
 """Cases of text to pictures: the sampling loop, the text encoder, the whole pipeline; against diffusers' pipeline."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,10 +8,11 @@ from torch import Tensor
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import (
     PIXELS,
-    diffusers_or_none,
+    compiled_twin,
     native,
     need_diffusers,
     network_in_diffusers,
+    network_programs,
     random_network,
     random_vae,
     randomise,
@@ -51,12 +51,11 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
     sides = {"height": settings.height // PIXELS, "width": settings.width // PIXELS}
 
     def ours(compiled: bool = False) -> Call:
-        if compiled:
-            model.compile_blocks(dynamic=False)
-        return lambda: sample_latents(model, card, list(captions), None, range(settings.batch), config, **sides)
+        network = compiled_twin(model) if compiled else model
+        return lambda: sample_latents(network, card, list(captions), None, range(settings.batch), config, **sides)
 
-    def theirs(fused: bool = False) -> Call:
-        pipeline = _pipeline_in_diffusers(model, settings, fused=fused, lcm=name == "lcm")
+    def theirs(**options) -> Call:
+        pipeline = _pipeline_in_diffusers(model, lcm=name == "lcm", **options)
         mask = torch.ones(captions.shape[:2], dtype=torch.long, device=settings.device)
         null = model.y_embedder.y_embedding.expand_as(captions)
         return lambda: pipeline(
@@ -66,21 +65,18 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
             use_resolution_binning=False, output_type="latent",
         )  # fmt: skip
 
-    programs: dict[str, Callable[[], Call]] = {"ours": ours}
-    if "ours-compiled" in settings.programs:  # compiles the network in place: not beside the eager one
-        programs = {"ours-compiled": lambda: ours(compiled=True)}
-    if diffusers_or_none() is not None:
-        programs.update({"diffusers": theirs, "diffusers-fused": lambda: theirs(fused=True)})
+    programs = network_programs(settings, ours, theirs)
     return Case(name, programs, images=settings.batch, note=f"{settings.tokens} caption tokens, no padding")
 
 
-def _pipeline_in_diffusers(model: PixArt, settings: Settings, *, fused=False, lcm=False, vae=None, text=None):
+def _pipeline_in_diffusers(model: PixArt, *, lcm: bool = False, vae=None, text=None, **network):
+    """diffusers' pipeline around our parts; `network` are options of `network_in_diffusers`."""
     diffusers = need_diffusers()
     beta = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     scheduler = diffusers.LCMScheduler(**beta) if lcm else diffusers.DPMSolverMultistepScheduler(**beta)
     pipeline = diffusers.PixArtAlphaPipeline(
         tokenizer=None if text is None else text.tokenizer, text_encoder=None if text is None else text.model, vae=vae,
-        transformer=network_in_diffusers(model, fused=fused).eval().requires_grad_(False), scheduler=scheduler,
+        transformer=network_in_diffusers(model, **network).eval().requires_grad_(False), scheduler=scheduler,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -134,18 +130,16 @@ def pipeline_case(settings: Settings) -> Case:
     )  # fmt: skip
     size = {"height": settings.height, "width": settings.width}
 
-    def ours() -> Call:
-        pipeline = Pipeline(model, card, vae, text)
+    def ours(compiled: bool = False) -> Call:
+        pipeline = Pipeline(compiled_twin(model) if compiled else model, card, vae, text)
         return lambda: pipeline(prompts, list(range(settings.batch)), **size)
 
-    def theirs(fused: bool = False) -> Call:
-        pipeline = _pipeline_in_diffusers(model, settings, fused=fused, vae=vae_in_diffusers(vae), text=text)
+    def theirs(**options) -> Call:
+        pipeline = _pipeline_in_diffusers(model, vae=vae_in_diffusers(vae), text=text, **options)
         return lambda: pipeline(
             prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, use_resolution_binning=False,
             clean_caption=False, **size,
         )  # fmt: skip
 
-    programs: dict[str, Callable[[], Call]] = {"ours": ours}
-    if diffusers_or_none() is not None:
-        programs.update({"diffusers": theirs, "diffusers-fused": lambda: theirs(fused=True)})
+    programs = network_programs(settings, ours, theirs)
     return Case("pipeline", programs, images=settings.batch, note=f"{WORDS} words a prompt; diffusers pads to 120")
