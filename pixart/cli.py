@@ -76,6 +76,14 @@ def split_settings(texts: Sequence[str], names: Collection[str]) -> tuple[dict[s
     return mine, [text for text in texts if text.partition("=")[0] not in mine]
 
 
+def read_size(text: str) -> tuple[int, int]:
+    """ "512" or "384x672" → height and width."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise InputError(f"--size {text}: expected pixels, as in 512 or 384x672 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line; empty lines and lines that start with # are left out."""
     try:

@@ -20,6 +20,7 @@ from pixart.diffusion.samplers import Callback, draw_noise
 from pixart.diffusion.sampling import SampleConfig, resolve, sample
 from pixart.errors import InputError
 from pixart.model import PixArt
+from pixart.model.pixart import CaptionContext
 from pixart.model.text import TextEncoder
 
 ALPHA_LENGTH = 120  # tokens of PixArt-α's captions, which tell its models from Σ's
@@ -59,20 +60,21 @@ def sample_latents(
     device, dtype = parameter.device, parameter.dtype
     micro = _micro_conditions(card, height, width, device)
 
-    def denoiser(tokens: Tensor, mask: Tensor):
-        context = model.encode_caption(tokens, mask)
+    def denoiser(context: CaptionContext):
         return make_denoise(
             lambda x, t: model(x.to(dtype), t, context, **{k: v.expand(len(x), *v.shape) for k, v in micro.items()}),
             schedule,
             card.diffusion,
         )
 
-    tokens, mask = _pad(captions, device, dtype)
-    denoise = denoiser(tokens, mask)
-    if config.guidance != 1:
+    # every block's keys and values are made here, once; a step only reads them
+    if config.guidance == 1:
+        denoise = denoiser(model.encode_caption(*_pad(captions, device, dtype)))
+    else:
+        both = model.encode_caption(*_with_null(model, card, captions, null))
         denoise = guide(
-            denoise,
-            denoiser(*_with_null(model, card, captions, null)),
+            denoiser(both.first(len(captions))),
+            denoiser(both),
             schedule,
             config.guidance,
             interval=(config.guidance_low, config.guidance_high),
@@ -85,8 +87,8 @@ def sample_latents(
 
 def _with_null(
     model: PixArt, card: ModelCard, captions: Sequence[Tensor], null: Tensor | Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Captions, then what they are guided away from → tokens (2B, L, C) and mask (2B, L)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Captions, then what they are guided away from → tokens (2B, L, C) and mask (2B, L), as `_pad`."""
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     if isinstance(null, (list, tuple)):
@@ -99,17 +101,20 @@ def _with_null(
     tokens, mask = _pad(captions, device, dtype)
     if len(null) < tokens.shape[1]:
         raise InputError(f"a caption has {tokens.shape[1]} tokens, the null caption only {len(null)}")
-    return torch.cat([tokens, null[: tokens.shape[1]].expand_as(tokens)]), torch.cat([mask, mask])
+    tokens = torch.cat([tokens, null[: tokens.shape[1]].expand_as(tokens)])
+    return tokens, None if mask is None else torch.cat([mask, mask])
 
 
-def _pad(captions: Sequence[Tensor], device, dtype) -> tuple[Tensor, Tensor]:
-    """Captions (L_i, C) → tokens (B, L, C) and mask (B, L)."""
+def _pad(captions: Sequence[Tensor], device, dtype) -> tuple[Tensor, Tensor | None]:
+    """Captions (L_i, C) → tokens (B, L, C) and mask (B, L), None where nothing is padding: attention without a mask
+    has the faster kernels."""
     for i, caption in enumerate(captions):
         if not len(caption):
             raise InputError(f"caption {i} has no token")
     lengths = torch.tensor([len(caption) for caption in captions])
     tokens = torch.nn.utils.rnn.pad_sequence([caption.to(device, dtype) for caption in captions], batch_first=True)
-    return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]  # looked at on the CPU: no device waits
+    return tokens, None if mask.all() else mask.to(device)
 
 
 def _micro_conditions(card: ModelCard, height: int, width: int, device) -> dict[str, Tensor]:

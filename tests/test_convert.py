@@ -354,11 +354,3 @@ def test_the_describe_command(tmp_path):
     result = run_script("describe", tmp_path / "nothing")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no model at ")
-
-
-def test_the_load_benchmark_prints_its_ratios(tmp_path):
-    source = save_official(tmp_path / "x.pth", tiny_model())
-    result = run_script("benchmark_load", source, "--set", "num_heads=4")
-    assert result.returncode == 0, result.stderr
-    assert "peak over what was there" in result.stdout
-    assert "reading the bytes" in result.stdout

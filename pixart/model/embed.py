@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pixart.model.layers import Mlp
+from pixart.model.linear import Linear
 
 FREQUENCIES = 256  # width of every sinusoidal embedding of a number
 
@@ -54,7 +55,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        # contiguous: every sum of the residual stream takes over the layout of its first summand
+        return rearrange(self.proj(x), "b d h w -> b (h w) d").contiguous()
 
 
 class NumberEmbedder(nn.Module):
@@ -62,7 +64,7 @@ class NumberEmbedder(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, values: Tensor) -> Tensor:
         return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))

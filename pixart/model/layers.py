@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pixart.model.linear import Linear
+
 CaptionKV = tuple[Tensor, Tensor]  # one block's caption keys and values, each (B, H, L, E)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: scale and shift a normalised stream; x (B, N, D), shift and scale (B, 1, D)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Mlp(nn.Module):
@@ -22,9 +24,9 @@ class Mlp(nn.Module):
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int):
         super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc1 = Linear(in_features, hidden_features)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden_features, out_features)
+        self.fc2 = Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -43,8 +45,8 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.compression = compression
         self.ratio = ratio
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         if compression == "conv":
             self.sr = nn.Conv2d(dim, dim, kernel_size=ratio, stride=ratio, groups=dim)
             self.norm = nn.LayerNorm(dim)
@@ -76,9 +78,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = nn.Linear(dim, dim)
-        self.kv_linear = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q_linear = Linear(dim, dim)
+        self.kv_linear = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def encode(self, caption: Tensor) -> CaptionKV:
         """Projected caption (B, L, D) → its keys and values, which no time step changes."""
@@ -113,9 +115,9 @@ class Block(nn.Module):
         kv = self.cross_attn.encode(caption) if isinstance(caption, Tensor) else caption
         rows = self.scale_shift_table + time6  # (B, 6, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=1)  # (B, 1, D) each
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), grid)
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), grid))
         x = x + self.cross_attn(x, kv, mask)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -124,7 +126,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_values: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_values)
+        self.linear = Linear(dim, patch_values)
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:

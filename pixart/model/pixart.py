@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pixart.errors import InputError
 from pixart.model.embed import CaptionEmbedder, NumberEmbedder, PatchEmbed, grid_positions
 from pixart.model.layers import Block, CaptionKV, FinalLayer
+from pixart.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class CaptionContext(NamedTuple):
     blocks: tuple[CaptionKV, ...]
     mask: Tensor | None  # (B, 1, 1, L) bool, True = keep
 
+    def first(self, count: int) -> "CaptionContext":
+        """The first `count` captions of the batch, as views."""
+        blocks = tuple((k[:count], v[:count]) for k, v in self.blocks)
+        return CaptionContext(blocks, None if self.mask is None else self.mask[:count])
+
 
 class PixArt(nn.Module):
     """The network. See `forward` for its inputs; weights start as the authors' do."""
@@ -108,7 +114,7 @@ class PixArt(nn.Module):
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, dim, config.patch_size)
         self.t_embedder = NumberEmbedder(dim)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if config.micro_conditions:
             self.csize_embedder = NumberEmbedder(dim // 3)
             self.ar_embedder = NumberEmbedder(dim // 3)

@@ -1,0 +1,195 @@
+"""Programs of one case, interleaved over several rounds: times, FLOPs, peak memory, and the device's matrix rate."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixart.errors import InputError
+from pixart.model.linear import Linear
+
+Call = Callable[[], object]
+# programs that torch compiled, and the eager ones whose work they do
+COMPILED = {
+    "ours-compiled": "ours", "diffusers-max-autotune": "diffusers", "diffusers-reduce-overhead": "diffusers",
+}  # fmt: skip
+SIDES = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is the device's rate
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how large it is."""
+
+    preset: str = "alpha-256"
+    height: int = 256  # pixels
+    width: int = 256
+    batch: int = 2
+    tokens: int = 120  # of a caption, none of them padding
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    rounds: int = 3
+    text_width: int = 512  # of the random T5; XXL's is 4096
+    text_layers: int = 8  # XXL has 24
+    config: str = "configs/openmoji.yaml"  # of the case "train"
+    source: str | None = None  # of the case "load", as load_model takes it; none is random weights of the preset
+    programs: tuple[str, ...] = ()  # those to run; none is all that fit the device
+    memory: bool = True  # run each program once more, in a process of its own
+
+    def __post_init__(self):
+        if min(self.height, self.width, self.batch, self.tokens, self.rounds) < 1:
+            raise InputError("height, width, batch, tokens and rounds: expected positive numbers")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device {self.device}: there is no CUDA device here")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+
+@dataclass
+class Case:
+    """One piece of work. `programs` make the calls that are timed, each when it is asked for."""
+
+    name: str
+    programs: dict[str, Callable[[], Call]]
+    images: int = 0  # of a call
+    bytes: int = 0  # that a call moves, where that is its cost
+    steps: int = 1  # calls after which memory has reached its peak
+    note: str = ""
+    keep: Any = None  # what must live as long as the case, such as a temporary folder
+
+    def choose(self, names: tuple[str, ...]) -> "Case":
+        if unknown := [name for name in names if name not in self.programs]:
+            raise InputError(f"case {self.name} has no program {unknown[0]}; there are {', '.join(self.programs)}")
+        return replace(self, programs={n: p for n, p in self.programs.items() if not names or n in names})
+
+
+@dataclass
+class Result:
+    """A program's figures in one case."""
+
+    case: str
+    program: str
+    seconds: list[float]
+    first: float  # seconds of the first call, compilation included
+    flops: int  # of a call
+    images: int
+    bytes: int
+    memory: int | None = None  # peak, in bytes: of the process on a CPU, of the allocator on CUDA
+    before: int | None = None  # the process's size before the program was made
+    rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of matrix products in the same rounds
+    note: str = ""
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure(case: Case, settings: Settings) -> list[Result]:
+    """Time a case's programs, one call of each a round, after a first call of each that is not counted."""
+    calls, results = {}, {}
+    for name, make in case.programs.items():
+        calls[name] = make()
+        counter = nullcontext() if name in COMPILED else flop_counter()
+        with counter:
+            first = timed(calls[name], settings)
+        flops = 0 if name in COMPILED else counter.get_total_flops()
+        results[name] = Result(
+            case.name, name, [], first, flops, case.images, case.bytes, note=case.note, settings=asdict(settings)
+        )
+    for name, eager in COMPILED.items():
+        if name in results and eager in results:
+            results[name].flops = results[eager].flops
+    products = matrix_products(settings) if any(result.flops for result in results.values()) else {}
+    rates: dict[str, list[float]] = {name: [] for name in products}
+    for _ in range(settings.rounds):
+        for name, call in calls.items():
+            results[name].seconds.append(timed(call, settings))
+        for name, (call, flops) in products.items():
+            rates[name].append(flops / timed(call, settings))
+    for result in results.values():
+        result.rates = {name: statistics.median(found) for name, found in rates.items()}
+    return list(results.values())
+
+
+def timed(call: Call, settings: Settings) -> float:
+    """Seconds until the device is done."""
+    start = time.perf_counter()
+    call()
+    if settings.cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def count_flops(call: Call) -> int:
+    """FLOPs of matrix products, attention and convolutions that a call really does."""
+    with flop_counter() as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which does not know the product that our linear layers take on a CPU."""
+    own = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if torch.backends.mkldnn.is_available() else {}
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape: torch.Size, **__) -> int:
+    return 2 * x.numel() * weight[0]
+
+
+def matrix_products(settings: Settings) -> dict[str, tuple[Call, int]]:
+    """Square products in the case's dtype, by every library that our code uses on the device, with their FLOPs."""
+    side = SIDES["cuda" if settings.cuda else "cpu"]
+    a = torch.randn(side, side, dtype=settings.torch_dtype, device=settings.device)
+    repeat = 10 if settings.cuda else 1
+
+    def by(product: Callable[[], object]) -> tuple[Call, int]:
+        return torch.no_grad()(lambda: [product() for _ in range(repeat)][-1]), 2 * side**3 * repeat
+
+    products = {f"torch.mm, {side}³": by(lambda: torch.mm(a, a))}
+    if not settings.cuda:
+        layer = Linear(side, side, bias=False, dtype=settings.torch_dtype)
+        products[f"our Linear, {side}³"] = by(lambda: layer(a))
+    for call, _ in products.values():
+        call()
+    return products
+
+
+def measure_memory(case: str, program: str, settings: Settings) -> tuple[int | None, int | None]:
+    """Bytes at the peak of one program in a process of its own, and of that process before the program was made."""
+    order = json.dumps({"case": case, "program": program, "settings": asdict(settings)})
+    command = [sys.executable, "-m", "pixart.benchmark.memory", order]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise InputError(f"case {case}, program {program}: its memory could not be measured ({reason})")
+    peak, before = json.loads(done.stdout.splitlines()[-1])
+    return peak, before
+
+
+def resident(key: str) -> int | None:
+    """Resident size now (VmRSS) or at its peak (VmHWM) in bytes, mapped pages included; None where not Linux.
+    getrusage's peak starts at that of the process that forked this one."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024

@@ -1,0 +1,159 @@
+"""Random networks of ours, and diffusers' with the very same weights in memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pixart.benchmark.measure import Call, Settings
+from pixart.checkpoint.keys import to_diffusers
+from pixart.errors import missing_extra
+from pixart.model import PixArt, PixArtConfig
+from pixart.model.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
+
+PIXELS = 8  # of a latent's side
+# torch.compile's modes for diffusers' network
+MODES = {"diffusers-max-autotune": "max-autotune", "diffusers-reduce-overhead": "reduce-overhead"}
+
+
+def diffusers_or_none():
+    """The package, if it is installed."""
+    try:
+        import diffusers
+    except ImportError:
+        return None
+    return diffusers
+
+
+def need_diffusers():
+    if (diffusers := diffusers_or_none()) is None:
+        raise missing_extra("diffusers", "test", "a comparison with diffusers")
+    return diffusers
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Fill a module's weights with small random numbers: none may be zero, which real ones are not."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.normal_(std=0.02, generator=generator)
+    return module
+
+
+def random_network(settings: Settings, config: PixArtConfig | None = None) -> PixArt:
+    with torch.device("meta"):
+        model = PixArt(config or PixArtConfig.from_preset(settings.preset))
+    return randomise(model.to(settings.torch_dtype).to_empty(device=settings.device))
+
+
+def network_in_diffusers(model: PixArt, *, fused: bool = False, mode: str | None = None) -> nn.Module:
+    """diffusers' network around our model's tensors, not copies of them; with `fused` its merged projections are.
+
+    `mode` is torch.compile's.
+    """
+    diffusers = need_diffusers()
+    c, weight = model.config, model.x_embedder.proj.weight
+    with torch.device("meta"):
+        network = diffusers.PixArtTransformer2DModel(
+            num_attention_heads=c.num_heads, attention_head_dim=c.hidden_size // c.num_heads,
+            in_channels=c.in_channels, out_channels=c.out_channels, num_layers=c.depth, patch_size=c.patch_size,
+            cross_attention_dim=c.hidden_size, sample_size=c.latent_size, caption_channels=c.caption_channels,
+            interpolation_scale=c.position_scale, use_additional_conditions=c.micro_conditions,
+        )  # fmt: skip
+    network.pos_embed = diffusers.models.embeddings.PatchEmbed(  # holds positions that no file has
+        height=c.latent_size, width=c.latent_size, patch_size=c.patch_size, in_channels=c.in_channels,
+        embed_dim=c.hidden_size, interpolation_scale=c.position_scale,
+    ).to(weight)  # fmt: skip
+    state = to_diffusers(model.state_dict(), c.depth, micro_conditions=c.micro_conditions)
+    network.load_state_dict(state, strict=True, assign=True)
+    if fused:
+        network.fuse_qkv_projections()
+    network.requires_grad_(True)
+    if mode is not None:
+        network.compile(mode=mode, dynamic=False)
+    return network
+
+
+def compiled_twin(model: PixArt) -> PixArt:
+    """A second model around the same tensors, its blocks compiled; the first stays as it is."""
+    with torch.device("meta"):
+        twin = PixArt(model.config)
+    twin.load_state_dict(model.state_dict(), strict=True, assign=True)
+    twin.compile_blocks(dynamic=False)
+    return twin.train(model.training).requires_grad_(True)
+
+
+def network_programs(
+    settings: Settings, ours: Callable[..., Call], theirs: Callable[..., Call]
+) -> dict[str, Callable[[], Call]]:
+    """Programs of `ours(compiled)` and `theirs(fused, mode)`; compiled ones on CUDA, or where they are asked for."""
+
+    def wanted(name: str) -> bool:
+        return settings.cuda or name in settings.programs
+
+    programs: dict[str, Callable[[], Call]] = {"ours": ours}
+    if wanted("ours-compiled"):
+        programs["ours-compiled"] = lambda: ours(compiled=True)
+    if diffusers_or_none() is not None:
+        programs.update({"diffusers": theirs, "diffusers-fused": lambda: theirs(fused=True)})
+        chosen = {name: mode for name, mode in MODES.items() if wanted(name)}
+        programs.update({name: lambda mode=mode: theirs(mode=mode) for name, mode in chosen.items()})
+    return programs
+
+
+def network_inputs(model: PixArt, settings: Settings) -> dict[str, Tensor]:
+    """A batch of noisy latents under full captions."""
+    generator = torch.Generator().manual_seed(1)
+    batch, c = settings.batch, model.config
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(settings.device, settings.torch_dtype)
+
+    inputs = {
+        "x": random(batch, c.in_channels, settings.height // PIXELS, settings.width // PIXELS),
+        "t": torch.linspace(100, 900, batch, device=settings.device),
+        "caption": random(batch, settings.tokens, c.caption_channels),
+        "caption_mask": torch.ones(batch, settings.tokens, dtype=torch.bool, device=settings.device),
+    }
+    if c.micro_conditions:
+        size = torch.tensor([settings.height, settings.width], dtype=torch.float32, device=settings.device)
+        inputs["size"] = size.expand(batch, 2)
+        inputs["aspect_ratio"] = (size[0] / size[1]).expand(batch)
+    return inputs
+
+
+def call_diffusers(network: nn.Module, x, t, caption, caption_mask=None, size=None, aspect_ratio=None) -> Tensor:
+    """diffusers' network with our arguments."""
+    conditions = {"resolution": size, "aspect_ratio": None if aspect_ratio is None else aspect_ratio[:, None]}
+    return network(
+        x, encoder_hidden_states=caption, timestep=t, encoder_attention_mask=caption_mask,
+        added_cond_kwargs=conditions, return_dict=False,
+    )[0]  # fmt: skip
+
+
+def random_vae(settings: Settings) -> VaeAutoencoder:
+    """Stable Diffusion's."""
+    with torch.device("meta"):
+        model = AutoencoderKL(VaeConfig())
+    return VaeAutoencoder(randomise(model.to(settings.torch_dtype).to_empty(device=settings.device)))
+
+
+def vae_in_diffusers(vae: VaeAutoencoder) -> nn.Module:
+    c = vae.model.config
+    with torch.device("meta"):
+        model = need_diffusers().AutoencoderKL(
+            block_out_channels=c.block_out_channels, layers_per_block=c.layers_per_block,
+            norm_num_groups=c.norm_num_groups, latent_channels=c.latent_channels, scaling_factor=c.scaling_factor,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    model.load_state_dict(vae.model.state_dict(), strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def native(settings: Settings) -> PixArtConfig:
+    """The preset at the size that is measured, where that is a square: diffusers then keeps its positions."""
+    config = PixArtConfig.from_preset(settings.preset)
+    if settings.height != settings.width:
+        return config
+    return replace(config, latent_size=settings.height // PIXELS)

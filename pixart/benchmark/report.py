@@ -1,0 +1,108 @@
+"""What was measured, for people and for programs: a table, JSON, what changed since an older JSON, profiles."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pixart.benchmark.measure import COMPILED, Call, Result
+from pixart.errors import InputError
+
+COLUMNS = ("case", "program", "median", "spread", "ours is", "memory", "GFLOP/s", "of the product", "note")
+
+
+def table(results: list[Result]) -> str:
+    """A Markdown table; "ours is" says how many times as fast as the program of its row ours is."""
+    ours = {result.case: result.median for result in results if result.program == "ours"}
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    for r in results:
+        seconds = sorted(r.seconds)
+        rate = r.flops / r.median
+        speed = f"{rate / 1e9:,.0f}" if r.flops else f"{r.bytes / r.median / 1e9:.1f} GB/s" if r.bytes else ""
+        share = f"{rate / max(r.rates.values()):.0%}" if r.rates and r.flops else ""
+        ratio = f"{r.median / ours[r.case]:.2f} ×" if r.case in ours and r.program != "ours" else ""
+        rows.append((
+            r.case, r.program, duration(r.median), f"{duration(seconds[0])} … {duration(seconds[-1])}", ratio,
+            memory(r), speed, share, r.note,
+        ))  # fmt: skip
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    products = {r.case: [f"{name} {rate / 1e9:,.0f}" for name, rate in r.rates.items()] for r in results if r.rates}
+    products = [f"\n{case}: products in GFLOP/s, the fastest counts: {'; '.join(of)}" for case, of in products.items()]
+    return "\n".join([*lines, *products, *compile_costs(results)])
+
+
+def compile_costs(results: list[Result]) -> list[str]:
+    """What compiling costs at first, and after how many pictures it has paid."""
+    by_name = {(r.case, r.program): r for r in results}
+    lines = []
+    for r in results:
+        eager = by_name.get((r.case, COMPILED.get(r.program)))
+        if eager is None:
+            continue
+        gain = eager.median - r.median
+        calls = (r.first - r.median) / gain if gain > 0 else float("inf")
+        pays = f"pays after {calls:,.0f} calls, {calls * r.images:,.0f} pictures" if gain > 0 else "never pays"
+        lines.append(f"\n{r.case}, {r.program}: first call {duration(r.first)}; {pays}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def memory(result: Result) -> str:
+    if result.memory is None:
+        return ""
+    text = f"{result.memory / 1e9:.2f} GB"
+    if result.case == "load" and result.bytes and result.before is not None:  # over what is loaded
+        text += f" ({(result.memory - result.before) / result.bytes:.2f} × the file)"
+    return text
+
+
+def write_json(results: list[Result], path: Path) -> None:
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    rows = [{**asdict(result), "median": result.median} for result in results]
+    path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(results: list[Result], path: Path) -> str:
+    """One line for each program that both runs have at the same size: how many times as fast it is now.
+
+    Raises:
+        InputError: the file is not one of ours, or nothing in it can be compared.
+    """
+    try:
+        old = {_key(row): row["median"] for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected a file that --json wrote ({error!r})") from None
+    pairs = [(r, old[_key(asdict(r))]) for r in results if _key(asdict(r)) in old]
+    if not pairs:
+        raise InputError(f"{path}: none of its programs ran at the same size just now")
+    return "\n".join(
+        f"{r.case}, {r.program}: {duration(before)} → {duration(r.median)}, {before / r.median:.2f} × as fast"
+        for r, before in pairs
+    )
+
+
+def _key(row: dict) -> tuple:
+    free = ("rounds", "programs", "memory")  # that change no figure's meaning
+    settings = {key: value for key, value in row["settings"].items() if key not in free}
+    return row["case"], row["program"], json.dumps(settings, sort_keys=True)
+
+
+def profile(call: Call, name: str, folder: Path, *, cuda: bool) -> str:
+    """Trace one call into `folder`/`name`.json, for chrome://tracing; returns a table of the top kernels."""
+    from torch.profiler import ProfilerActivity
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with torch.profiler.profile(activities=kinds) as profiler:
+        call()
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"{name}.json"))
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    top = profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
+    (folder / f"{name}.txt").write_text(top, encoding="utf-8")
+    return top

@@ -1,0 +1,64 @@
+"""Measure the cases that are asked for, one after the other, and say what came out."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pixart.benchmark.cases import CASES
+from pixart.benchmark.measure import Result, Settings, measure, measure_memory
+from pixart.benchmark.report import compare, profile, table, write_json
+from pixart.errors import InputError
+
+
+def run(
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    json: str | None = None,
+    compare_with: str | None = None,
+    profile_into: str | None = None,
+) -> str:
+    """Measure, or with `profile_into` trace, and return the text to print.
+
+    Raises:
+        InputError: there is no such case or program, or `compare_with` holds nothing to compare.
+    """
+    if unknown := [name for name in names if name not in CASES]:
+        raise InputError(f"there is no case '{unknown[0]}'; there are {', '.join(CASES)}")
+    if compare_with is not None and not Path(compare_with).is_file():
+        raise InputError(f"{compare_with}: there is no such file; expected one that --json wrote")
+    if profile_into is not None:
+        return "\n\n".join(_profile(name, settings, Path(profile_into)) for name in names)
+    results: list[Result] = []
+    for name in names:
+        results += measure(CASES[name](settings).choose(settings.programs), settings)
+        _free()
+        for result in results if settings.memory else []:
+            if result.case == name:
+                result.memory, result.before = measure_memory(name, result.program, settings)
+    text = table(results)
+    if json is not None:
+        write_json(results, Path(json))
+    if compare_with is not None:
+        text += "\n\n" + compare(results, Path(compare_with))
+    return text
+
+
+def _profile(name: str, settings: Settings, folder: Path) -> str:
+    case = CASES[name](settings).choose(settings.programs)
+    tables = []
+    for program, make in case.programs.items():
+        call = make()
+        call()
+        top = profile(call, f"{name}-{program}".replace(" ", "-"), folder, cuda=settings.cuda)
+        tables.append(f"{name}, {program}\n{top}")
+        _free()
+    return "\n".join(tables)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

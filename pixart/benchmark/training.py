@@ -1,0 +1,143 @@
+"""Cases of training: a whole step of a small model, and what follows the gradients of a large one."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pixart.benchmark.measure import Call, Case, Settings
+from pixart.benchmark.networks import call_diffusers, diffusers_or_none, network_in_diffusers, random_network
+from pixart.config import load_config
+from pixart.data.dataset import Batch
+from pixart.diffusion.schedule import make_schedule
+from pixart.model.autoencoder import IdentityAutoencoder
+from pixart.train.config import OptimizerConfig, TrainConfig
+from pixart.train.ema import make_ema, update_ema
+from pixart.train.optimizer import make_optimizer
+from pixart.train.setup import build_state, make_accelerator
+from pixart.train.step import train_step
+
+DECAY = 0.999
+
+
+def optimizer_case(settings: Settings) -> Case:
+    """AdamW and the averaged weights, once the gradients are there; at the speed of memory, hence in bytes."""
+    model = random_network(settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    config = OptimizerConfig()
+
+    def ours() -> Call:
+        optimizer, ema = make_optimizer(model.parameters(), config), make_ema(model)
+
+        def call() -> None:
+            optimizer.step()
+            update_ema(ema, model, DECAY)
+
+        return call
+
+    def plain() -> Call:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        ema = copy.deepcopy(model).requires_grad_(False)
+
+        def call() -> None:
+            optimizer.step()
+            plain_ema(ema, model)
+
+        return call
+
+    values = sum(parameter.numel() for parameter in model.parameters())
+    # read weight, gradient and two moments, write all but the gradient; read weight and average, write the average
+    moved = values * (7 + 2) * settings.torch_dtype.itemsize + values * 2 * 4
+    if settings.torch_dtype == torch.float32:
+        moved = values * 10 * 4
+    return Case("optimizer", {"ours": ours, "plain loop": plain}, bytes=moved, steps=2, note=_weights(model))
+
+
+@torch.no_grad()
+def plain_ema(ema: nn.Module, model: nn.Module) -> None:
+    """As most training scripts do it."""
+    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+        average.mul_(DECAY).add_(value, alpha=1 - DECAY)
+
+
+def train_case(settings: Settings) -> Case:
+    """A whole step as `config` says, but for reading the data. The plain loop is diffusers' network of the same size
+    with the same losses, torch's own AdamW (the config's optimizer, if that is another), clipping and an averaged copy.
+    """
+    config = load_config(TrainConfig, settings.config)
+    config = replace(config, output="unused", init_from=None, train=replace(config.train, trackers=()))
+    batch, schedule = random_batch(config, settings), make_schedule(config.diffusion)
+
+    def ours(compiled: bool = False) -> Call:
+        chosen = replace(config, train=replace(config.train, compile=compiled))
+        state = build_state(chosen, make_accelerator(chosen), None, fresh=True)
+        return lambda: train_step(state, [batch], schedule, IdentityAutoencoder(), chosen)
+
+    programs: dict[str, Callable[[], Call]] = {"ours": ours}
+    if "ours-compiled" in settings.programs or settings.cuda:
+        programs["ours-compiled"] = lambda: ours(compiled=True)
+    if diffusers_or_none() is not None:
+        programs["plain loop"] = lambda: plain_step(config, batch, settings)
+    note = f"{settings.config}: {config.optimizer.name}, batch {config.train.batch_size}"
+    return Case("train", programs, images=config.train.batch_size, steps=3, note=note)
+
+
+def random_batch(config: TrainConfig, settings: Settings) -> Batch:
+    """A batch without a file; captions of all lengths."""
+    count, side, length = config.train.batch_size, config.data.resolution, config.text.length
+    latent = (count, config.vae.latent_channels, config.model.latent_size, config.model.latent_size)
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, length + 1, (count, 1), generator=g)
+    batch = Batch(
+        pixels=torch.rand(count, 3, side, side, generator=g) * 2 - 1,
+        noise=torch.randn(latent, generator=g),
+        posterior_noise=torch.randn(latent, generator=g),
+        time=torch.rand(count, generator=g),
+        caption=torch.randn(count, length, config.model.caption_channels, generator=g),
+        caption_mask=torch.arange(length) < lengths,
+        drop=torch.rand(count, generator=g),
+        size=torch.full((count, 2), float(side)),
+        aspect_ratio=torch.ones(count),
+        weight=torch.ones(count),
+        ids=[str(i) for i in range(count)],
+        problems=[],
+    )
+    return batch.to(settings.device)
+
+
+def plain_step(config: TrainConfig, batch: Batch, settings: Settings) -> Call:
+    """What one writes around diffusers' network in an afternoon, for the flow that `configs/openmoji.yaml` learns."""
+    from pixart.diffusion import diffusion_loss
+
+    sizes = replace(settings, dtype="float32")
+    network = network_in_diffusers(random_network(sizes, config.model))
+    ema = copy.deepcopy(network).requires_grad_(False)
+    schedule, optimizer = make_schedule(config.diffusion), plain_optimizer(network, config)
+
+    def call() -> Tensor:
+        t = schedule.draw_times(batch.time, config.diffusion)
+        x = schedule.add_noise(batch.pixels, batch.noise, t)
+        output = call_diffusers(network, x, t, batch.caption, batch.caption_mask)
+        losses = diffusion_loss(schedule, config.diffusion, output, batch.pixels, batch.noise, t)
+        loss = losses["loss"].mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        plain_ema(ema, network)
+        return loss.detach()
+
+    return call
+
+
+def plain_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer.name == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=config.optimizer.lr)
+    return make_optimizer(network.parameters(), config.optimizer)
+
+
+def _weights(model: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.0f} M weights"

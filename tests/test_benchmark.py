@@ -1,0 +1,177 @@
+"""The benchmark: what it compares is the same work, and what it prints is what it measured."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from pixart import cli
+from pixart.benchmark.cases import CASES
+from pixart.benchmark.measure import Case, Result, Settings, count_flops, measure
+from pixart.benchmark.networks import call_diffusers, native, network_in_diffusers, network_inputs, random_network
+from pixart.benchmark.report import compare, table, write_json
+from pixart.benchmark.run import run
+from pixart.errors import InputError
+from pixart.model.flops import forward_flops
+from runs import ROOT, run_script
+from toy import relative
+
+SMALL = Settings(
+    preset="S/2", height=32, width=32, tokens=7, rounds=1, text_width=64, text_layers=1, memory=False,
+    config=str(ROOT / "configs" / "openmoji.yaml"),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr("pixart.benchmark.measure.SIDES", {"cpu": 64})
+
+
+def test_both_networks_have_the_same_tensors_in_memory_and_the_same_output():
+    pytest.importorskip("diffusers")
+    model = random_network(SMALL, native(SMALL)).eval()
+    network = network_in_diffusers(model).eval()
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    assert theirs <= {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    inputs = network_inputs(model, SMALL)
+    with torch.no_grad():
+        assert relative(call_diffusers(network, **inputs), model(**inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["decode", "encode"])
+def test_both_autoencoders_do_the_same(name):
+    pytest.importorskip("diffusers")
+    programs = CASES[name](SMALL).programs
+    outputs = {program: make()() for program, make in programs.items()}
+    assert set(outputs) == {"ours", "ours-channels-last", "diffusers"}
+    for output in outputs.values():
+        assert relative(output, outputs["ours"]) <= 1e-5
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "pipeline", "train")]
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "optimizer", "lcm", "text", "load", *SLOW])
+def test_every_case_runs_every_program(name):
+    found = measure(CASES[name](SMALL), SMALL)
+    assert found[0].program == "ours"
+    assert len(found) > 1
+    for result in found:
+        assert len(result.seconds) == 1
+        assert result.median > 0
+        assert result.flops > 0 or result.bytes > 0
+        assert result.program in table(found)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_learns_what_we_learn():
+    # the same step in the optimizer's terms: from one batch, both losses fall
+    pytest.importorskip("diffusers")
+    call = CASES["train"](SMALL).programs["plain loop"]()
+    losses = [call().item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_flops_of_a_forward_are_those_of_the_formula():
+    case = CASES["forward"](SMALL)
+    assert count_flops(case.programs["ours"]()) == forward_flops(native(SMALL), 4, 4, 7, batch=2)
+
+
+def test_programs_are_interleaved_and_the_first_calls_are_not_counted():
+    order = []
+    case = Case("x", {name: lambda name=name: lambda: order.append(name) for name in "ab"})
+    results = measure(case, replace(SMALL, rounds=3))
+    assert order == [*"ab", *"ab" * 3]
+    assert [len(result.seconds) for result in results] == [3, 3]
+
+
+def result(program: str, seconds: list[float], **changes) -> Result:
+    return Result(
+        "forward",
+        program,
+        seconds,
+        1.0,
+        10**9,
+        2,
+        0,
+        rates={"slow": 5e9, "fast": 1e10},
+        settings=asdict(SMALL),
+        **changes,
+    )
+
+
+def test_the_table_says_how_many_times_as_fast_ours_is():
+    text = table([result("ours", [0.2, 0.1, 0.4]), result("diffusers", [0.5])])
+    ours, theirs = (line.split(" | ") for line in text.splitlines()[2:4])
+    assert ours[2:5] == ["200.0 ms", "100.0 ms … 400.0 ms", ""]
+    assert ours[6:8] == ["5", "50%"]
+    assert theirs[4] == "2.50 ×"
+
+
+def test_compiling_pays_after_so_many_pictures():
+    text = table([result("ours", [0.3]), replace(result("ours-compiled", [0.2]), first=10.2)])
+    assert "first call 10.20 s; pays after 100 calls, 200 pictures" in text
+    assert "never pays" in table([result("ours", [0.3]), result("ours-compiled", [0.4])])
+
+
+def test_an_older_run_is_compared_where_it_ran_at_the_same_size(tmp_path):
+    old = [result("ours", [0.2]), replace(result("diffusers", [9.0]), settings={**asdict(SMALL), "batch": 7})]
+    write_json(old, tmp_path / "old.json")
+    new = [result("ours", [0.1]), result("diffusers", [1.0])]
+    new[0].settings["rounds"] = 99
+    assert compare(new, tmp_path / "old.json") == "forward, ours: 200.0 ms → 100.0 ms, 2.00 × as fast"
+    (tmp_path / "bad.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"expected a file that --json wrote"):
+        compare(new, tmp_path / "bad.json")
+    with pytest.raises(InputError, match="none of its programs ran at the same size"):
+        compare(new[1:], tmp_path / "old.json")
+
+
+def test_a_profile_is_a_trace_and_a_table_of_kernels(tmp_path):
+    settings = replace(SMALL, programs=("ours",))
+    assert "mkldnn::_linear_pointwise" in run(["forward"], settings, profile_into=str(tmp_path))
+    assert json.loads((tmp_path / "forward-ours.json").read_text())["traceEvents"]
+    assert "Self CPU time total" in (tmp_path / "forward-ours.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "match"),
+    [
+        (["fly"], {}, "there is no case 'fly'; there are forward"),
+        (["forward"], {"programs": ("theirs",)}, "case forward has no program theirs; there are ours"),
+        (["forward"], {"preset": "M/2"}, "unknown preset 'M/2'"),
+    ],
+)
+def test_what_is_not_there_is_refused(names, changes, match):
+    with pytest.raises(InputError, match=match):
+        run(names, replace(SMALL, **changes))
+
+
+def test_sizes_are_read_as_height_and_width():
+    assert cli.read_size("512") == (512, 512)
+    assert cli.read_size("384x672") == (384, 672)
+    with pytest.raises(InputError, match="--size 5x"):
+        cli.read_size("5x")
+    with pytest.raises(InputError, match="expected positive numbers"):
+        Settings(batch=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="there is no CUDA device here"):
+            Settings(device="cuda")
+
+
+@pytest.mark.slow
+def test_the_script_prints_a_table_and_memory_and_writes_json(tmp_path):
+    done = run_script(
+        "benchmark", "forward", "load", "--preset", "S/2", "--size", "64x32", "--rounds", "1", "--programs", "ours",
+        "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| forward | ours |" in done.stdout
+    rows = json.loads((tmp_path / "x.json").read_text())["results"]
+    weights = 4 * 31e6
+    for row in rows:
+        assert weights < row["memory"] < 40 * weights
+        assert math.isclose(row["median"], row["seconds"][0])
+        assert (row["settings"]["height"], row["settings"]["width"]) == (64, 32)
