@@ -187,7 +187,7 @@ def test_a_write_that_fails_leaves_nothing(format, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pixart.checkpoint.files.sync", full)  # the last step before the rename
+    monkeypatch.setattr("pixart.disk.sync", full)  # the last step before the rename
     model = tiny_model()
     with pytest.raises(OSError, match="No space left"):
         save(model, card_of(model), tmp_path / "x", format)

@@ -84,7 +84,7 @@ def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(t
     def step():
         losses = batch_losses(model, model, batch, schedule, IdentityAutoencoder(), config)
         losses["loss"].mean().backward()
-        update_ema(ema, model, 0.9)
+        update_ema(ema, model, 0.9, torch.tensor(True, device=next(model.parameters()).device))
 
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward repeats a product
         found = count_flops(step)
@@ -144,7 +144,7 @@ def test_losses_gradients_and_averages_run_on_the_meta_device(tmp_path, schedule
     batch = random_batch(config, Settings()).to("meta")
     losses = batch_losses(model, model, batch, make_schedule(config.diffusion), IdentityAutoencoder(), config)
     losses["loss"].mean().backward()
-    update_ema(ema, model, 0.9)
+    update_ema(ema, model, 0.9, torch.tensor(True, device=next(model.parameters()).device))
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

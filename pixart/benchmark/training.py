@@ -14,6 +14,7 @@ from pixart.data.dataset import Batch
 from pixart.diffusion.schedule import make_schedule
 from pixart.model.autoencoder import IdentityAutoencoder
 from pixart.train.config import OptimizerConfig, TrainConfig
+from pixart.train.distributed import Processes
 from pixart.train.ema import make_ema, update_ema
 from pixart.train.optimizer import make_optimizer
 from pixart.train.setup import build_state, make_accelerator
@@ -31,10 +32,11 @@ def optimizer_case(settings: Settings) -> Case:
 
     def ours() -> Call:
         optimizer, ema = make_optimizer(model.parameters(), config), make_ema(model)
+        applied = torch.tensor(True, device=settings.device)
 
         def call() -> None:
             optimizer.step()
-            update_ema(ema, model, DECAY)
+            update_ema(ema, model, DECAY, applied)
 
         return call
 
@@ -73,7 +75,8 @@ def train_case(settings: Settings) -> Case:
 
     def ours(compiled: bool = False) -> Call:
         chosen = replace(config, train=replace(config.train, compile=compiled))
-        state = build_state(chosen, make_accelerator(chosen), None, fresh=True)
+        accelerator = make_accelerator(chosen)
+        state = build_state(chosen, accelerator, Processes(accelerator, chosen.train.timeout), None, fresh=True)
         return lambda: train_step(state, [batch], schedule, IdentityAutoencoder(), chosen)
 
     programs: dict[str, Callable[[], Call]] = {"ours": ours}
@@ -93,6 +96,7 @@ def random_batch(config: TrainConfig, settings: Settings) -> Batch:
     lengths = torch.randint(3, length + 1, (count, 1), generator=g)
     batch = Batch(
         pixels=torch.rand(count, 3, side, side, generator=g) * 2 - 1,
+        latents=None,
         noise=torch.randn(latent, generator=g),
         posterior_noise=torch.randn(latent, generator=g),
         time=torch.rand(count, generator=g),

@@ -8,7 +8,6 @@ A picture `A/B.png` has the files `A_B`. Folders for many aspect ratios end in `
 img_sdxl_vae_features_1024resolution_ms_new and caption_features_new.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,10 @@ from tqdm import tqdm
 from pixart.buckets import Bucket
 from pixart.data.batches import derive_seed
 from pixart.data.images import Record
+from pixart.data.items import Fields
+from pixart.data.lists import LISTS, read_official
 from pixart.data.store import UNKNOWN, Features
 from pixart.errors import InputError
-
-LISTS = ("data_info.json", "partition/data_info.json")
 
 
 class OfficialFeatures:
@@ -48,25 +47,28 @@ class OfficialFeatures:
         self.buckets, self.problems = table, []
         self.records: list[Record] = []
         numbers = []
-        for item in tqdm(read_list(self.folder), desc="reading headers", unit="file", disable=None):
-            name = "_".join(str(item["path"]).rsplit("/", 1)).rsplit(".", 1)[0]
+        items = list(read_official(self.folder, Fields(["prompt"])))
+        for item in tqdm(items, desc="reading headers", unit="file", disable=None):
+            name = "_".join(item.id.rsplit("/", 1)).rsplit(".", 1)[0]
+            prompt = item.fields.get("prompt")
+            if item.problem or not isinstance(prompt, str) or item.size is None:
+                self.problems.append((item.id, item.problem or "the list lacks its prompt, height or width"))
+                continue
             try:
                 shape = np.load(self.latents / f"{name}.npy", mmap_mode="r").shape
             except (OSError, ValueError) as error:
-                self.problems.append((item["path"], f"latents cannot be read: {error}"))
+                self.problems.append((item.id, f"latents cannot be read: {error}"))
                 continue
             if len(shape) != 3 or shape[1:] not in sizes:
-                self.problems.append((item["path"], f"latents of shape {shape}, of no bucket"))
+                self.problems.append((item.id, f"latents of shape {shape}, of no bucket"))
                 continue
             if not (self.states / f"{name}.npz").is_file():
-                self.problems.append((item["path"], f"no caption states: {name}.npz is missing"))
+                self.problems.append((item.id, f"no caption states: {name}.npz is missing"))
                 continue
             numbers.append(sizes[shape[1:]])
-            bucket = table[numbers[-1]]
-            self.records.append(Record(
-                item["path"], self.latents / f"{name}.npy", (item["prompt"],), (1.0,), item["height"], item["width"],
-                bucket,
-            ))  # fmt: skip
+            self.records.append(
+                Record(item.id, self.latents / f"{name}.npy", (prompt,), (1.0,), *item.size, table[numbers[-1]])
+            )
         if not self.records:
             first = f"; the first: {self.problems[0][0]}: {self.problems[0][1]}" if self.problems else ""
             raise InputError(f"{self.folder}: none of its features can be used{first}")
@@ -110,27 +112,6 @@ class OfficialFeatures:
 
 def is_official(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in LISTS)
-
-
-def read_list(folder: Path) -> list[dict]:
-    """The pictures of an official list.
-
-    Raises:
-        InputError: no such file, or an item that lacks something.
-    """
-    path = next((folder / name for name in LISTS if (folder / name).is_file()), None)
-    if path is None:
-        raise InputError(f"{folder}: no {' and no '.join(LISTS)}; expected the authors' feature folder")
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise InputError(f"{path}: expected a list of objects, one a picture")
-    for i, item in enumerate(items):
-        if missing := [key for key in ("path", "prompt", "height", "width") if key not in item]:
-            raise InputError(f"{path}: item {i} lacks {', '.join(missing)}; expected path, prompt, height and width")
-    return items
 
 
 def find_features(folder: Path, pattern: str, what: str) -> Path:
