@@ -18,8 +18,6 @@ from pixart.model import PixArt
 from runs import ROOT, run_script
 from toy import TINY, relative, tiny_model
 
-HAS_FEATURES = (ROOT / "scripts" / "extract.py").exists()
-
 
 def make_t5(folder: Path) -> Path:
     """A random T5 of two layers and width 16, with a tokenizer of single letters."""
@@ -83,14 +81,12 @@ def test_a_released_model_is_fine_tuned_sampled_and_opened_by_diffusers(emoji_fo
                   "log_every": 2, "trackers": []},
         "sample": {"steps": 4},
     }  # fmt: skip
-    if HAS_FEATURES:
-        settings["data"]["features"] = str(tmp_path / "features")
+    settings["data"]["features"] = str(tmp_path / "features")
     config = tmp_path / "mine.yaml"
     config.write_text(yaml.safe_dump(settings))
 
-    if HAS_FEATURES:
-        run("extract", config)
-        shutil.rmtree(tmp_path / "mine")  # training reads nothing of it
+    run("extract", config)
+    shutil.rmtree(tmp_path / "mine")  # training reads nothing of it
     assert f"starting from {settings['init_from']}" in run("train", config)
     run("sample", "--model", tmp_path / "run", "a red fox", "--out", tmp_path / "samples")
     run("convert", tmp_path / "run", tmp_path / "mine-diffusers", "--to", "diffusers-pipeline")

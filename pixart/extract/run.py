@@ -19,6 +19,7 @@ from pixart.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.dataset import encode_captions
 from pixart.data.images import UNREADABLE, Record, load_image
+from pixart.data.openmoji import build_openmoji
 from pixart.data.sources import scan
 from pixart.data.store import PROMPTS, caption_file, sample_file
 from pixart.disk import digest_text, write_file
@@ -88,6 +89,9 @@ def extract(
     if data.flip and not options.mirrored:
         raise InputError("data.flip is on: set extract.mirrored to have latents of the mirrored pictures too")
     folder, share, device = Path(data.features), share or Share(), torch.device(device)
+    if data.prepare == "openmoji":
+        with locked(folder):
+            build_openmoji(data.folder)
     found = scan(data, table)
     say(f"data {data.folder}: {found.describe()}")
     records = found.records[:: data.every]
