@@ -180,7 +180,7 @@ def test_conv_compression_starts_as_the_mean_of_a_square():
     assert relative(model.blocks[0].attn.sr(image), torch.nn.functional.avg_pool2d(image, 2)) <= 1e-6
 
 
-@pytest.mark.parametrize("part", ["whole", "blocks"])
+@pytest.mark.parametrize("part", [pytest.param("whole", marks=pytest.mark.slow), "blocks"])
 def test_compiling_gives_one_graph_for_all_times(part):
     torch._dynamo.reset()
     graphs = []

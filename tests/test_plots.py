@@ -77,6 +77,7 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch):
         plot_runs([run], tmp_path / "plot.png")
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_refuses(tmp_path):
     pytest.importorskip("matplotlib")
     run = make_run(tmp_path / "run", logged(40))

@@ -481,6 +481,7 @@ def test_a_run_from_a_store_goes_on_bit_for_bit(base, store, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_the_scripts_extract_verify_and_train(base, tmp_path):
     config = write(tmp_path / "config.yaml", base, data__features=str(tmp_path / "store"), train__batch_size=2)
     made = run_script("extract", config)

@@ -124,7 +124,10 @@ def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path):
     assert_same_run(killed, whole, 40)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_a_signal_saves_and_leaves_cleanly(base, tmp_path, number):
     config = write(tmp_path / "config.yaml", base, train__steps=100_000, train__save_every=0)
     run = Path(base["output"])
