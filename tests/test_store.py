@@ -140,7 +140,7 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_write_changes_nothing_of_the_store(base, tmp_path, monkeypatch, store):
-    """Stops in the middle of the n-th part write or whole-file write, for every n, and starts again each time."""
+    """Stops in the middle of the n-th part write or whole-file write, for nine n, and starts again each time."""
     real_write, real_rename, calls = PartFile.append, os.rename, [0, 0]
 
     def torn_append(self, tensors):
