@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from pixart.data.openmoji import build_openmoji
+from runs import make_text_encoder
 
 torch.set_num_threads(2)
 # a slow or busy machine must not fail a property, and a failure must come again
@@ -25,3 +26,9 @@ settings.load_profile("pixart")
 def emoji_folder(tmp_path_factory) -> Path:
     """The 1,918 OpenMoji at 32 px with their `metadata.jsonl`; read only."""
     return build_openmoji(tmp_path_factory.mktemp("data") / "openmoji", side=32)
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory) -> Path:
+    """A tiny random text encoder; read only."""
+    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")

@@ -29,12 +29,7 @@ from pixart.train.moments import MomentFiles, Moments, read_moments, take_moment
 from pixart.train.optimizer import make_optimizer
 from pixart.train.setup import start
 from pixart.train.step import apply_update, judge, read_results, train_step
-from runs import ROOT, build, command, environment, make_pictures, make_text_encoder, settings, write
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+from runs import ROOT, build, command, environment, make_pictures, settings, write
 
 
 @pytest.fixture

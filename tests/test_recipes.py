@@ -21,16 +21,11 @@ from pixart.train.freeze import freeze, match_names
 from pixart.train.loop import train
 from pixart.train.optimizer import learning_rate
 from pixart.train.setup import check_shapes
-from runs import ROOT, build, make_pictures, make_text_encoder, run_script, settings
+from runs import ROOT, build, make_pictures, run_script, settings
 from toy import tiny_model
 
 CONFIGS = ROOT / "configs"
 MISSING = ["data.folder", "text.model", "vae.source", "init_from"]
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,10 @@ from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.text import TextConfig
 from pixart.pipeline import Pipeline, sample_latents, save_samples
 from pixart.train.loop import train
-from runs import build, make_pictures, make_text_encoder, run_script, settings
+from runs import build, make_pictures, run_script, settings
 from toy import TINY, relative, tiny_model
 
 PROMPTS = ["a red square", "two", "a very green square indeed", "blue"]
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
 
 
 def make_model(folder: Path, text_encoder: Path, diffusion: DiffusionConfig | None = None, **changes) -> Path:

@@ -36,11 +36,6 @@ SMALL = {"extract__samples_per_file": 5, "extract__captions_per_file": 4, "extra
 
 
 @pytest.fixture(scope="session")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
-
-
-@pytest.fixture(scope="session")
 def vae(tmp_path_factory) -> Path:
     """A random VAE of two stages, as diffusers would save it."""
     from diffusers import AutoencoderKL as Reference

@@ -22,12 +22,7 @@ from pixart.train.ema import ema_decay, make_ema, update_ema
 from pixart.train.loop import train
 from pixart.train.optimizer import learning_rate, make_optimizer
 from pixart.train.stop import REQUEUE
-from runs import build, command, environment, make_pictures, make_text_encoder, run_script, settings, write
-
-
-@pytest.fixture(scope="session")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+from runs import build, command, environment, make_pictures, run_script, settings, write
 
 
 @pytest.fixture(scope="session")

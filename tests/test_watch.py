@@ -22,12 +22,7 @@ from pixart.train.loop import train
 from pixart.train.meters import measure_peak
 from pixart.train.quarters import quarter_means, sum_by_quarter
 from pixart.train.report import append_line, read_gpu_hours, read_rows
-from runs import build, make_pictures, make_text_encoder, settings
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory) -> Path:
-    return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+from runs import build, make_pictures, settings
 
 
 @pytest.fixture(scope="module")
