@@ -10,10 +10,16 @@ from typing import Any
 import yaml
 
 from pixart.errors import InputError, LostProcess
+from pixart.heap import keep_freed_memory
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with what it returns. Wrong input prints one line; PIXART_TRACEBACK=1 shows where."""
+def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:
+    """Call `main` and exit with what it returns. Wrong input prints one line; PIXART_TRACEBACK=1 shows where.
+
+    With `keep_memory` the process keeps what it frees, as `keep_freed_memory` says.
+    """
+    if keep_memory:
+        keep_freed_memory()
     try:
         code = main()
     except InputError as error:

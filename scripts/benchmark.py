@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--source", help="of the case load, as load_model takes it; random weights by default")
     parser.add_argument("--programs", nargs="*", default=[], help="those to run, such as ours ours-compiled diffusers")
     parser.add_argument("--no-memory", action="store_true", help="leave out the run for peak memory")
+    parser.add_argument("--return-memory", action="store_true", help="give freed memory back, as other programs do")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
     parser.add_argument("--compare", metavar="OLD", help="say what changed since a file of --json")
     parser.add_argument("--profile", metavar="FOLDER", help="write a trace and the top kernels instead")
@@ -33,10 +34,10 @@ def main() -> None:
     settings = Settings(
         preset=a.preset, height=height, width=width, batch=a.batch, tokens=a.tokens, dtype=a.dtype, device=a.device,
         rounds=a.rounds, text_width=a.text_width, text_layers=a.text_layers, config=a.config, source=a.source,
-        programs=tuple(a.programs), memory=not a.no_memory,
+        programs=tuple(a.programs), memory=not a.no_memory, keep_memory=not a.return_memory,
     )  # fmt: skip
     print(run(a.cases, settings, json=a.json, compare_with=a.compare, profile_into=a.profile))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keep_memory=False)  # the settings say so

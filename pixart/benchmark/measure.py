@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from pixart.errors import InputError
 from pixart.model.linear import Linear
@@ -45,6 +45,7 @@ class Settings:
     source: str | None = None  # of the case "load", as load_model takes it; none is random weights of the preset
     programs: tuple[str, ...] = ()  # those to run; none is all that fit the device
     memory: bool = True  # run each program once more, in a process of its own
+    keep_memory: bool = True  # as our scripts do; else as the C library does unasked
 
     def __post_init__(self):
         if min(self.height, self.width, self.batch, self.tokens, self.rounds) < 1:
@@ -145,9 +146,23 @@ def count_flops(call: Call) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which does not know the product that our linear layers take on a CPU."""
-    own = {torch.ops.mkldnn._linear_pointwise: _linear_flops} if torch.backends.mkldnn.is_available() else {}
+    """torch's counter, which knows neither the product that our linear layers take on a CPU nor, up to torch 2.14, the
+    CPU's attention."""
+    own = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    if torch.backends.mkldnn.is_available():
+        own[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
 
 
 def _linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape: torch.Size, **__) -> int:

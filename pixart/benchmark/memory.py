@@ -10,12 +10,15 @@ import torch
 
 from pixart.benchmark.cases import CASES
 from pixart.benchmark.measure import Settings, resident
+from pixart.heap import keep_freed_memory
 from pixart.model import PixArt, PixArtConfig
 
 
 def main(order: str) -> None:
     asked = json.loads(order)
     settings = Settings(**{**asked["settings"], "programs": tuple(asked["settings"]["programs"])})
+    if settings.keep_memory:
+        keep_freed_memory()
     PixArt(PixArtConfig(hidden_size=48, num_heads=4, depth=1))  # what the first network of a process imports
     case = CASES[asked["case"]](settings)
     gc.collect()

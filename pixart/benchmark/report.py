@@ -88,7 +88,7 @@ def compare(results: list[Result], path: Path) -> str:
 
 
 def _key(row: dict) -> tuple:
-    free = ("rounds", "programs", "memory")  # that change no figure's meaning
+    free = ("rounds", "programs", "memory", "keep_memory")  # that change no figure's meaning
     settings = {key: value for key, value in row["settings"].items() if key not in free}
     return row["case"], row["program"], json.dumps(settings, sort_keys=True)
 

@@ -10,6 +10,7 @@ from pixart.benchmark.cases import CASES
 from pixart.benchmark.measure import Result, Settings, measure, measure_memory
 from pixart.benchmark.report import compare, profile, table, write_json
 from pixart.errors import InputError
+from pixart.heap import keep_freed_memory
 
 
 def run(
@@ -29,6 +30,8 @@ def run(
         raise InputError(f"there is no case '{unknown[0]}'; there are {', '.join(CASES)}")
     if compare_with is not None and not Path(compare_with).is_file():
         raise InputError(f"{compare_with}: there is no such file; expected one that --json wrote")
+    if settings.keep_memory:
+        keep_freed_memory()
     if profile_into is not None:
         return "\n\n".join(_profile(name, settings, Path(profile_into)) for name in names)
     results: list[Result] = []

@@ -3,7 +3,6 @@
 Letters in shape comments: B batch, L caption tokens, C width of the encoder's states.
 """
 
-import gc
 import importlib
 import importlib.util
 import warnings
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pixart.captions import clean_caption
 from pixart.errors import InputError, missing_extra
+from pixart.heap import give_memory_back
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TextEncoder:
     def close(self) -> None:
         """Free the encoder's memory; the tokenizer stays."""
         self.model = None
-        gc.collect()
+        give_memory_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
