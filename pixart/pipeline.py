@@ -68,6 +68,7 @@ class Pipeline:
         quantize_text: Literal["8bit", "4bit"] | None = None,
         offload_text: bool = False,
         save_memory: bool = False,
+        compile: bool = False,
     ) -> "Pipeline":
         """Load a model with its text encoder and autoencoder.
 
@@ -79,6 +80,7 @@ class Pipeline:
             quantize_text: as `TextEncoder.load`'s `quantize`.
             offload_text: keep the text encoder on the CPU, but while it encodes.
             save_memory: decode pictures one by one, and large ones in tiles.
+            compile: `torch.compile` the network's blocks; pays for many pictures on a GPU.
 
         Raises:
             InputError: a part is not there, or does not fit the model; says where it was looked for.
@@ -105,6 +107,8 @@ class Pipeline:
             _check_width(text, card)
         if save_memory:
             autoencoder.save_memory()
+        if compile:
+            model.compile_blocks()
         return cls(model, card, autoencoder, text, offload_text=offload_text)
 
     def __call__(

@@ -19,25 +19,25 @@ def main() -> None:
         parser.add_argument(name, help=what)
     parser.add_argument("--null", choices=["buffer", "empty", "empty_own_mask"], help="another null caption")
     parser.add_argument("--out", default="samples", help="folder for the PNGs and the contact sheet")
-    parser.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the next has the next")
-    parser.add_argument("--count", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--quantize-text", choices=["8bit", "4bit"], help="hold the text encoder so (CUDA)")
-    for side in ("--height", "--width"):
-        parser.add_argument(side, type=int, help="pixels; the model's native size by default")
+    for name, default, what in (
+        ("--seed", 0, "of a prompt's first picture; the next has the next"), ("--count", 1, "pictures of each prompt"),
+        ("--height", None, "pixels"), ("--width", None, "by default the model's native size"),
+        ("--batch-size", 16, "pictures at a time; changes no picture")):  # fmt: skip
+        parser.add_argument(name, type=int, default=default, help=what)
     parser.add_argument("--sizes", default="exact", choices=["exact", "official"], help="official: resize and crop")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; changes no picture")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="as sampler=ddim steps=50 guidance=3")
-    parser.add_argument("--raw", action="store_true", help="raw weights of a run, not the averaged ones")
-    parser.add_argument("--truncate", action="store_true", help="cut prompts that are too long")
-    parser.add_argument("--low-memory", action="store_true", help="text encoder on the CPU but to encode; VAE in tiles")
+    for name, what in (("--raw", "a run's raw weights"), ("--truncate", "cut prompts too long"), ("--low-memory",
+                       "text encoder off the GPU, VAE in tiles"), ("--compile", "pays on a GPU")):  # fmt: skip
+        parser.add_argument(name, action="store_true", help=what)
     a = parser.parse_args()
     prompts = a.prompts + (cli.read_prompts(a.prompt_file) if a.prompt_file else [])
     told, settings = cli.split_settings(a.set, PixArtConfig.__dataclass_fields__)
     pipeline = Pipeline.from_pretrained(
         a.model, text_encoder=a.text_encoder, vae=a.vae, ema=not a.raw, dtype=getattr(torch, a.dtype), device=a.device,
-        revision=a.revision, overrides=told, quantize_text=a.quantize_text, save_memory=a.low_memory,
+        revision=a.revision, overrides=told, quantize_text=a.quantize_text, save_memory=a.low_memory, compile=a.compile,
         offload_text=a.low_memory and not a.quantize_text)  # fmt: skip
     paths = save_samples(
         pipeline, prompts, a.out, override(pipeline.card.sample, settings), seed=a.seed, count=a.count, progress=True,

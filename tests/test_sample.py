@@ -56,6 +56,15 @@ def test_an_image_depends_on_its_prompt_and_seed_not_on_its_batch(model_folder, 
     assert relative(together[0:1], together[1:2]) > 0.1
 
 
+@pytest.mark.slow
+def test_a_compiled_pipeline_draws_the_same_pictures(model_folder):
+    plain, compiled = (Pipeline.from_pretrained(model_folder, compile=yes) for yes in (False, True))
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        expected = plain(prompts, output="pixels")
+        assert relative(compiled(prompts, output="pixels"), expected) <= 1e-5
+    torch._dynamo.reset()
+
+
 def test_batch_size_changes_no_picture(model_folder):
     pipeline = Pipeline.from_pretrained(model_folder)
     config = SampleConfig(steps=4)

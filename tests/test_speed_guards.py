@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixart.benchmark.measure import Settings, count_flops
 from pixart.benchmark.networks import call_diffusers, network_in_diffusers
 from pixart.benchmark.training import random_batch
+from pixart.buckets import bucket_table
 from pixart.checkpoint import ModelCard
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import SampleConfig
@@ -187,6 +188,33 @@ def test_compiled_blocks_are_compiled_once_for_all_steps_of_training(tmp_path):
             batch.time.fill_(0.1 + 0.3 * step)
             losses = batch_losses(model, model, batch, schedule, IdentityAutoencoder(), config)
             losses["loss"].mean().backward()
+
+
+@pytest.mark.parametrize("variant", [{}, {"qk_norm": True, "kv_compression": "conv", "kv_blocks": (1,)}])
+def test_few_compilations_serve_all_buckets_and_captions_of_training(variant):
+    model = tiny_model(**variant)
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_blocks(backend="aot_eager")
+    for i, bucket in enumerate(bucket_table(256, 16)[::2]):
+        length = (16, 32, 64, 120)[i % 4]
+        caption, mask = torch.randn(3, length, model.config.caption_channels), torch.ones(3, length)
+        x = torch.randn(3, 4, bucket.height // 8, bucket.width // 8)
+        model(x, torch.full((3,), 500.0), caption, mask).mean().backward()
+    kinds = 1 + bool(variant)  # of blocks: with compression and without
+    assert counters["stats"]["unique_graphs"] <= 3 * kinds
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_take_whatever_sampling_brings():
+    # one more size than torch expects of a function is an error, not a slow call, where graphs must be whole
+    model = tiny_model().eval()
+    torch._dynamo.reset()
+    model.compile_blocks(backend="aot_eager")
+    for lengths in ((5,), (1,), (4, 2), (1, 1), (5, 3, 7), (6, 6, 6)):
+        for side in (8, 12, 16):
+            draw(model, captions_of(model, *lengths), replace(GUIDED, steps=2, guidance_high=900.0), side=side)
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

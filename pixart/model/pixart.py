@@ -92,6 +92,9 @@ PRESETS: dict[str, PixArtConfig] = {
 }
 
 
+COMPILATIONS = 64  # of a block at the most
+
+
 class CaptionContext(NamedTuple):
     """A caption as the blocks see it; what `encode_caption` returns and `forward` takes in place of a caption."""
 
@@ -226,7 +229,13 @@ class PixArt(nn.Module):
         return grid_positions(height, width, c.hidden_size, base=base, scale=c.position_scale, device=device)
 
     def compile_blocks(self, **options) -> None:
-        """`torch.compile` each block in place: one compilation serves all, state-dict names stay as they are."""
+        """`torch.compile` each block in place: one compilation serves all, state-dict names stay as they are.
+
+        Sizes that vary (buckets, captions, batches) cost a second compilation and then no more; a first mask, or a
+        batch or caption of one, is another case. `options` are torch.compile's; `dynamic=False` compiles every size.
+        """
+        # these cases add up to more than torch expects of a function, and past its limit it raises
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
 
