@@ -9,10 +9,11 @@ _PLACES = {
     "PixArtConfig": "pixart.model",
     "Pipeline": "pixart.pipeline",
     "SampleConfig": "pixart.diffusion.sampling",
+    "keep_freed_memory": "pixart.heap",
     "load_model": "pixart.checkpoint.load",
 }
 
-__all__ = ["PRESETS", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "load_model"]
+__all__ = ["PRESETS", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "keep_freed_memory", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
