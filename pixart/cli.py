@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -88,6 +88,15 @@ def read_size(text: str) -> tuple[int, int]:
     if not match:
         raise InputError(f"--size {text}: expected pixels, as in 512 or 384x672 (height x width)")
     return int(match[1]), int(match[2] or match[1])
+
+
+def read_batch(text: str | None) -> int | Literal["largest"] | None:
+    """ "4" or "largest", or nothing."""
+    if text is None:
+        return None
+    if text != "largest" and not text.isdecimal():
+        raise InputError(f"--batch {text}: expected a number of pictures, or largest")
+    return "largest" if text == "largest" else int(text)
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", metavar="case", help=", ".join(CASES))
     parser.add_argument("--preset", default=default.preset, help="XL/2, S/2, alpha-256, sigma-1024, …")
     parser.add_argument("--size", default="256", help="of pictures in pixels, 512 or 384x672 (height x width)")
-    parser.add_argument("--batch", type=int, default=default.batch)
+    parser.add_argument("--batch", help="pictures, or largest: the most that fit a GPU; default 2")
     parser.add_argument("--tokens", type=int, default=default.tokens, help="of a caption")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default.dtype)
     parser.add_argument("--device", default=default.device)
@@ -32,9 +32,9 @@ def main() -> None:
     a = parser.parse_args()
     height, width = cli.read_size(a.size)
     settings = Settings(
-        preset=a.preset, height=height, width=width, batch=a.batch, tokens=a.tokens, dtype=a.dtype, device=a.device,
-        rounds=a.rounds, text_width=a.text_width, text_layers=a.text_layers, config=a.config, source=a.source,
-        programs=tuple(a.programs), memory=not a.no_memory, keep_memory=not a.return_memory,
+        preset=a.preset, height=height, width=width, batch=cli.read_batch(a.batch), tokens=a.tokens, dtype=a.dtype,
+        device=a.device, rounds=a.rounds, text_width=a.text_width, text_layers=a.text_layers, config=a.config,
+        source=a.source, programs=tuple(a.programs), memory=not a.no_memory, keep_memory=not a.return_memory,
     )  # fmt: skip
     print(run(a.cases, settings, json=a.json, compare_with=a.compare, profile_into=a.profile))
 

@@ -9,10 +9,10 @@ import torch
 
 from pixart import cli
 from pixart.benchmark.cases import CASES
-from pixart.benchmark.measure import Case, Result, Settings, count_flops, measure
+from pixart.benchmark.measure import Case, Result, Settings, count_flops, largest_batch, measure
 from pixart.benchmark.networks import call_diffusers, native, network_in_diffusers, network_inputs, random_network
 from pixart.benchmark.report import compare, table, write_json
-from pixart.benchmark.run import run
+from pixart.benchmark.run import _fits, run
 from pixart.errors import InputError
 from pixart.model.flops import forward_flops
 from runs import ROOT, run_script
@@ -50,10 +50,36 @@ def test_both_autoencoders_do_the_same(name):
         assert relative(output, outputs["ours"]) <= 1e-5
 
 
+def test_attention_without_padding_is_that_under_a_mask():
+    settings = replace(SMALL, height=64, width=64, batch=4, tokens=30, programs=("nested",))
+    programs = {name: make()() for name, make in CASES["cross"](settings).programs.items()}
+    assert set(programs) == {"ours", "padded to 120", "no mask", "one by one", "nested"}
+    ours = programs["ours"]
+    assert relative(programs["padded to 120"], ours) <= 1e-6
+    assert relative(programs["one by one"], ours) <= 1e-6
+    assert relative(programs["nested"].view(4, 16, 6, 64).transpose(1, 2), ours) <= 1e-6
+    assert relative(programs["no mask"], ours) > 1e-2
+
+
+def test_heads_padded_to_a_rounder_width_attend_alike():
+    programs = CASES["attention"](replace(SMALL, height=64, width=64)).programs
+    assert relative(programs["heads of 128"]()(), programs["ours"]()()) <= 1e-6
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "pipeline", "train")]
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "optimizer", "lcm", "text", "load", *SLOW])
+def test_compiled_programs_of_sampling_are_made_with_any_number_of_tokens():
+    settings = replace(SMALL, programs=("ours-compiled", "ours-reduce-overhead"))
+    programs = CASES["lcm"](settings).programs
+    for name in settings.programs:
+        assert callable(programs[name]())
+
+
+QUICK = ["forward", "backward", "attention", "cross", "optimizer", "lcm", "text", "load"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_every_case_runs_every_program(name):
     found = measure(CASES[name](SMALL), SMALL)
     assert found[0].program == "ours"
@@ -72,6 +98,57 @@ def test_the_plain_loop_learns_what_we_learn():
     call = CASES["train"](SMALL).programs["plain loop"]()
     losses = [call().item() for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+LATENTS = """
+output: x
+data: {folder: x, resolution: 64}
+vae: {kind: kl, source: x}
+model: {hidden_size: 96, depth: 2, num_heads: 4, caption_channels: 32, caption_length: 12, latent_size: 8,
+  micro_conditions: true}
+text: {length: 12}
+train: {steps: 9, batch_size: 64, accumulation: 2, mixed_precision: bf16, gradient_checkpointing: true}
+"""
+
+
+def test_both_training_loops_take_the_same_first_step_on_latents_in_bf16(tmp_path):
+    # a large model's settings: learned variance, micro-conditions, checkpointing, and a batch that one device holds
+    pytest.importorskip("diffusers")
+    (tmp_path / "x.yaml").write_text(LATENTS)
+    settings = replace(SMALL, config=str(tmp_path / "x.yaml"), batch=3)
+    case = CASES["train"](settings)
+    assert (case.images, case.dtype) == (3, torch.bfloat16)
+    found = {result.program: result for result in measure(case, settings)}
+    assert set(found) == {"ours", "plain loop"}
+    assert math.isclose(found["ours"].flops, found["plain loop"].flops, rel_tol=0.02)
+    assert 0 < float(case.programs["plain loop"]()()) < 10
+    (tmp_path / "x.yaml").write_text(LATENTS.replace("bf16", "fp16"))
+    with pytest.raises(InputError, match=r"expected train\.mixed_precision bf16 or no, got fp16"):
+        CASES["train"](settings)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (2, 2), (3, 3), (5, 4), (6, 6), (100, 96)])
+def test_the_largest_batch_is_one_that_fits(limit, expected):
+    assert largest_batch(lambda size: size <= limit) == expected
+
+
+def test_a_batch_that_does_not_fit_is_found_out_and_what_it_took_is_freed(monkeypatch):
+    held = []
+
+    def case(settings):
+        def call():
+            held.append(settings.images)
+            if settings.images > 4:
+                raise torch.OutOfMemoryError("full")
+
+        return Case("forward", {"ours": lambda: call, "other": lambda: call}, steps=2)
+
+    monkeypatch.setitem(CASES, "forward", case)
+    settings = replace(SMALL, programs=("ours",))
+    assert largest_batch(lambda batch: _fits("forward", settings, batch)) == 4
+    assert held == [1, 1, 2, 2, 4, 4, 8, 6]
+    with pytest.raises(InputError, match="not even one picture"):
+        largest_batch(lambda batch: False)
 
 
 def test_the_flops_of_a_forward_are_those_of_the_formula():
@@ -154,8 +231,13 @@ def test_sizes_are_read_as_height_and_width():
     assert cli.read_size("384x672") == (384, 672)
     with pytest.raises(InputError, match="--size 5x"):
         cli.read_size("5x")
+    assert [cli.read_batch("4"), cli.read_batch("largest")] == [4, "largest"]
+    with pytest.raises(InputError, match="--batch many: expected a number of pictures, or largest"):
+        cli.read_batch("many")
     with pytest.raises(InputError, match="expected positive numbers"):
         Settings(batch=0)
+    with pytest.raises(InputError, match="batch largest: expected device cuda"):
+        Settings(batch="largest")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="there is no CUDA device here"):
             Settings(device="cuda")

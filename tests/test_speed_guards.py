@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixart.benchmark.measure import Settings, count_flops
+from pixart.benchmark.measure import count_flops
 from pixart.benchmark.networks import call_diffusers, network_in_diffusers
 from pixart.benchmark.training import random_batch
 from pixart.buckets import bucket_table
@@ -79,7 +79,7 @@ def test_outside_the_guidance_interval_half_the_work_is_done_and_the_captions_ar
 
 def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(tmp_path):
     config = train_settings(tmp_path)
-    model, batch = PixArt(config.model), random_batch(config, Settings())
+    model, batch = PixArt(config.model), random_batch(config)
     ema, schedule = make_ema(model), make_schedule(config.diffusion)
 
     def step():
@@ -142,7 +142,7 @@ def test_losses_gradients_and_averages_run_on_the_meta_device(tmp_path, schedule
         model = PixArt(config.model)
         model.gradient_checkpointing = checkpointing
         ema = make_ema(model)
-    batch = random_batch(config, Settings()).to("meta")
+    batch = random_batch(config).to("meta")
     losses = batch_losses(model, model, batch, make_schedule(config.diffusion), IdentityAutoencoder(), config)
     losses["loss"].mean().backward()
     update_ema(ema, model, 0.9, torch.tensor(True, device=next(model.parameters()).device))
@@ -181,7 +181,7 @@ def test_compiled_blocks_are_compiled_once_for_all_steps_of_a_sampling_call():
 def test_compiled_blocks_are_compiled_once_for_all_steps_of_training(tmp_path):
     config = train_settings(tmp_path)
     model, schedule = PixArt(config.model), make_schedule(config.diffusion)
-    batch = random_batch(config, Settings())
+    batch = random_batch(config)
     with no_break_and_no_recompilation():
         model.compile_blocks(backend="aot_eager", dynamic=False)
         for step in range(3):

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pixart.benchmark.attention import attention_case, cross_case
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import (
     PIXELS,
     call_diffusers,
-    compiled_twin,
     diffusers_or_none,
     native,
     need_diffusers,
@@ -39,7 +39,7 @@ def forward_case(settings: Settings) -> Case:
     def inference(network: Callable[..., object], _module: nn.Module) -> Call:
         return torch.no_grad()(lambda: network(**inputs))
 
-    return Case("forward", _network_programs(model, settings, inference), images=settings.batch)
+    return Case("forward", _network_programs(model, settings, inference), images=settings.images)
 
 
 def backward_case(settings: Settings) -> Case:
@@ -54,26 +54,22 @@ def backward_case(settings: Settings) -> Case:
 
         return call
 
-    return Case("backward", _network_programs(model, settings, gradients), images=settings.batch)
+    return Case("backward", _network_programs(model, settings, gradients), images=settings.images)
 
 
 def _network_programs(model: PixArt, settings: Settings, use: Callable[..., Call]) -> dict[str, Callable[[], Call]]:
     """Our network and diffusers', eager and compiled, each put to use by `use(function of our inputs, module)`."""
 
-    def ours(compiled: bool = False) -> Call:
-        network = compiled_twin(model) if compiled else model
-        return use(network, network)
-
     def theirs(**options) -> Call:
         network = network_in_diffusers(model, **options)
         return use(lambda **inputs: call_diffusers(network, **inputs), network)
 
-    return network_programs(settings, ours, theirs)
+    return network_programs(settings, model, lambda network: use(network, network), theirs)
 
 
 def decode_case(settings: Settings) -> Case:
     vae = random_vae(settings)
-    shape = (settings.batch, vae.latent_channels, settings.height // PIXELS, settings.width // PIXELS)
+    shape = (settings.images, vae.latent_channels, settings.height // PIXELS, settings.width // PIXELS)
     latents = torch.randn(shape).to(settings.device)
 
     def theirs() -> Call:
@@ -81,19 +77,19 @@ def decode_case(settings: Settings) -> Case:
         scaled = latents.to(settings.torch_dtype) / vae.scale
         return torch.no_grad()(lambda: model.decode(scaled, return_dict=False)[0])
 
-    return Case("decode", _vae_programs(vae, lambda v: v.decode(latents), theirs), images=settings.batch)
+    return Case("decode", _vae_programs(vae, lambda v: v.decode(latents), theirs), images=settings.images)
 
 
 def encode_case(settings: Settings) -> Case:
     vae = random_vae(settings)
-    pixels = torch.rand(settings.batch, 3, settings.height, settings.width).to(settings.device) * 2 - 1
+    pixels = torch.rand(settings.images, 3, settings.height, settings.width).to(settings.device) * 2 - 1
 
     def theirs() -> Call:
         model = vae_in_diffusers(vae)
         given = pixels.to(settings.torch_dtype)
         return torch.no_grad()(lambda: model.encode(given).latent_dist.mode() * vae.scale)
 
-    return Case("encode", _vae_programs(vae, lambda v: v.encode(pixels), theirs), images=settings.batch)
+    return Case("encode", _vae_programs(vae, lambda v: v.encode(pixels), theirs), images=settings.images)
 
 
 def _vae_programs(vae, use: Callable, theirs: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
@@ -139,6 +135,8 @@ def load_case(settings: Settings) -> Case:
 CASES: dict[str, Callable[[Settings], Case]] = {
     "forward": forward_case,
     "backward": backward_case,
+    "attention": attention_case,
+    "cross": cross_case,
     "optimizer": optimizer_case,
     "train": train_case,
     "sample": sample_case,

@@ -22,7 +22,8 @@ from pixart.model.linear import Linear
 Call = Callable[[], object]
 # programs that torch compiled, and the eager ones whose work they do
 COMPILED = {
-    "ours-compiled": "ours", "diffusers-max-autotune": "diffusers", "diffusers-reduce-overhead": "diffusers",
+    "ours-compiled": "ours", "ours-reduce-overhead": "ours", "diffusers-max-autotune": "diffusers",
+    "diffusers-reduce-overhead": "diffusers", "plain loop-compiled": "plain loop",
 }  # fmt: skip
 SIDES = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is the device's rate
 
@@ -34,7 +35,7 @@ class Settings:
     preset: str = "alpha-256"
     height: int = 256  # pixels
     width: int = 256
-    batch: int = 2
+    batch: int | Literal["largest"] | None = None  # none is 2, in the case "train" its config's; "largest" that fits
     tokens: int = 120  # of a caption, none of them padding
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
@@ -48,10 +49,16 @@ class Settings:
     keep_memory: bool = True  # as our scripts do; else as the C library does unasked
 
     def __post_init__(self):
-        if min(self.height, self.width, self.batch, self.tokens, self.rounds) < 1:
+        if min(self.height, self.width, self.tokens, self.rounds, 1 if self.batch == "largest" else self.images) < 1:
             raise InputError("height, width, batch, tokens and rounds: expected positive numbers")
         if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device {self.device}: there is no CUDA device here")
+        if self.batch == "largest" and not self.cuda:
+            raise InputError("batch largest: expected device cuda; a CPU does not say that its memory is full")
+
+    @property
+    def images(self) -> int:
+        return 2 if self.batch is None else self.batch
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,6 +79,8 @@ class Case:
     bytes: int = 0  # that a call moves, where that is its cost
     steps: int = 1  # calls after which memory has reached its peak
     note: str = ""
+    same_work: dict[str, str] = field(default_factory=dict)  # programs whose FLOPs torch can't count: those of another
+    dtype: torch.dtype | None = None  # that it computes in, where that is not the settings'
     keep: Any = None  # what must live as long as the case, such as a temporary folder
 
     def choose(self, names: tuple[str, ...]) -> "Case":
@@ -104,20 +113,20 @@ class Result:
 
 def measure(case: Case, settings: Settings) -> list[Result]:
     """Time a case's programs, one call of each a round, after a first call of each that is not counted."""
-    calls, results = {}, {}
+    calls, results, uncounted = {}, {}, COMPILED | case.same_work
     for name, make in case.programs.items():
         calls[name] = make()
-        counter = nullcontext() if name in COMPILED else flop_counter()
+        counter = nullcontext() if name in uncounted else flop_counter()
         with counter:
             first = timed(calls[name], settings)
-        flops = 0 if name in COMPILED else counter.get_total_flops()
+        flops = 0 if name in uncounted else counter.get_total_flops()
         results[name] = Result(
             case.name, name, [], first, flops, case.images, case.bytes, note=case.note, settings=asdict(settings)
         )
-    for name, eager in COMPILED.items():
-        if name in results and eager in results:
-            results[name].flops = results[eager].flops
-    products = matrix_products(settings) if any(result.flops for result in results.values()) else {}
+    for name, counted in uncounted.items():
+        if name in results and counted in results:
+            results[name].flops = results[counted].flops
+    products = matrix_products(settings, case.dtype) if any(result.flops for result in results.values()) else {}
     rates: dict[str, list[float]] = {name: [] for name in products}
     for _ in range(settings.rounds):
         for name, call in calls.items():
@@ -169,10 +178,10 @@ def _linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape: torch.Size, 
     return 2 * x.numel() * weight[0]
 
 
-def matrix_products(settings: Settings) -> dict[str, tuple[Call, int]]:
+def matrix_products(settings: Settings, dtype: torch.dtype | None = None) -> dict[str, tuple[Call, int]]:
     """Square products in the case's dtype, by every library that our code uses on the device, with their FLOPs."""
-    side = SIDES["cuda" if settings.cuda else "cpu"]
-    a = torch.randn(side, side, dtype=settings.torch_dtype, device=settings.device)
+    side, dtype = SIDES["cuda" if settings.cuda else "cpu"], dtype or settings.torch_dtype
+    a = torch.randn(side, side, dtype=dtype, device=settings.device)
     repeat = 10 if settings.cuda else 1
 
     def by(product: Callable[[], object]) -> tuple[Call, int]:
@@ -180,11 +189,26 @@ def matrix_products(settings: Settings) -> dict[str, tuple[Call, int]]:
 
     products = {f"torch.mm, {side}³": by(lambda: torch.mm(a, a))}
     if not settings.cuda:
-        layer = Linear(side, side, bias=False, dtype=settings.torch_dtype)
+        layer = Linear(side, side, bias=False, dtype=dtype)
         products[f"our Linear, {side}³"] = by(lambda: layer(a))
     for call, _ in products.values():
         call()
     return products
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, … pictures that fit.
+
+    Raises:
+        InputError: not even one does.
+    """
+    found, size = 0, 1
+    while fits(size):
+        found, size = size, 2 * size
+    if found == 0:
+        raise InputError("batch largest: not even one picture fits the device's memory")
+    between = found * 3 // 2
+    return between if between > found and fits(between) else found
 
 
 def measure_memory(case: str, program: str, settings: Settings) -> tuple[int | None, int | None]:

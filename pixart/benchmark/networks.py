@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,26 +76,32 @@ def network_in_diffusers(model: PixArt, *, fused: bool = False, mode: str | None
     return network
 
 
-def compiled_twin(model: PixArt) -> PixArt:
-    """A second model around the same tensors, its blocks compiled; the first stays as it is."""
+def compiled_twin(model: PixArt, what: Literal["blocks", "graph"] = "blocks") -> PixArt:
+    """A second model around the same tensors, its blocks compiled, or the whole into a CUDA graph; the first stays as
+    it is."""
     with torch.device("meta"):
-        twin = PixArt(model.config)
+        twin = PixArt(replace(model.config, caption_length=len(model.y_embedder.y_embedding)))
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
-    twin.compile_blocks(dynamic=False)
+    if what == "blocks":
+        twin.compile_blocks(dynamic=False)
+    else:
+        twin.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)
     return twin.train(model.training).requires_grad_(True)
 
 
 def network_programs(
-    settings: Settings, ours: Callable[..., Call], theirs: Callable[..., Call]
+    settings: Settings, model: PixArt, ours: Callable[[PixArt], Call], theirs: Callable[..., Call]
 ) -> dict[str, Callable[[], Call]]:
-    """Programs of `ours(compiled)` and `theirs(fused, mode)`; compiled ones on CUDA, or where they are asked for."""
+    """Programs of `ours(network)` and `theirs(fused, mode)`; compiled ones on CUDA, or where they are asked for."""
 
     def wanted(name: str) -> bool:
         return settings.cuda or name in settings.programs
 
-    programs: dict[str, Callable[[], Call]] = {"ours": ours}
+    programs: dict[str, Callable[[], Call]] = {"ours": lambda: ours(model)}
     if wanted("ours-compiled"):
-        programs["ours-compiled"] = lambda: ours(compiled=True)
+        programs["ours-compiled"] = lambda: ours(compiled_twin(model))
+    if wanted("ours-reduce-overhead"):
+        programs["ours-reduce-overhead"] = lambda: ours(compiled_twin(model, "graph"))
     if diffusers_or_none() is not None:
         programs.update({"diffusers": theirs, "diffusers-fused": lambda: theirs(fused=True)})
         chosen = {name: mode for name, mode in MODES.items() if wanted(name)}
@@ -105,7 +112,7 @@ def network_programs(
 def network_inputs(model: PixArt, settings: Settings) -> dict[str, Tensor]:
     """A batch of noisy latents under full captions."""
     generator = torch.Generator().manual_seed(1)
-    batch, c = settings.batch, model.config
+    batch, c = settings.images, model.config
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(settings.device, settings.torch_dtype)

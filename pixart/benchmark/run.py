@@ -2,12 +2,13 @@
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pixart.benchmark.cases import CASES
-from pixart.benchmark.measure import Result, Settings, measure, measure_memory
+from pixart.benchmark.measure import COMPILED, Result, Settings, largest_batch, measure, measure_memory
 from pixart.benchmark.report import compare, profile, table, write_json
 from pixart.errors import InputError
 from pixart.heap import keep_freed_memory
@@ -36,11 +37,15 @@ def run(
         return "\n\n".join(_profile(name, settings, Path(profile_into)) for name in names)
     results: list[Result] = []
     for name in names:
-        results += measure(CASES[name](settings).choose(settings.programs), settings)
+        if settings.batch == "largest":
+            chosen = replace(settings, batch=largest_batch(lambda batch, name=name: _fits(name, settings, batch)))
+        else:
+            chosen = settings
+        found = measure(CASES[name](chosen).choose(settings.programs), chosen)
+        results += found
         _free()
-        for result in results if settings.memory else []:
-            if result.case == name:
-                result.memory, result.before = measure_memory(name, result.program, settings)
+        for result in found if settings.memory else []:
+            result.memory, result.before = measure_memory(name, result.program, chosen)
     text = table(results)
     if json is not None:
         write_json(results, Path(json))
@@ -59,6 +64,25 @@ def _profile(name: str, settings: Settings, folder: Path) -> str:
         tables.append(f"{name}, {program}\n{top}")
         _free()
     return "\n".join(tables)
+
+
+def _fits(name: str, settings: Settings, batch: int) -> bool:
+    """Whether all programs of a case fit the device side by side, as they are timed; the eager ones stand for those
+    that are compiled, which takes minutes."""
+    try:
+        case = CASES[name](replace(settings, batch=batch))
+        calls = {}
+        for program in case.choose(settings.programs).programs:
+            eager = COMPILED.get(program, program)
+            calls[program] = case.programs[eager]()
+            for _ in range(case.steps):
+                calls[program]()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        case = calls = None
+        _free()
+    return True
 
 
 def _free() -> None:

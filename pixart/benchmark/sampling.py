@@ -8,7 +8,6 @@ from torch import Tensor
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import (
     PIXELS,
-    compiled_twin,
     native,
     need_diffusers,
     network_in_diffusers,
@@ -46,13 +45,12 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
         settings.tokens, model.config.caption_channels, device=settings.device, dtype=settings.torch_dtype
     )
     card = ModelCard(model=model.config, vae=AutoencoderConfig("kl", "random"))
-    captions = torch.randn(settings.batch, settings.tokens, model.config.caption_channels)
+    captions = torch.randn(settings.images, settings.tokens, model.config.caption_channels)
     captions = captions.to(settings.device, settings.torch_dtype)
     sides = {"height": settings.height // PIXELS, "width": settings.width // PIXELS}
 
-    def ours(compiled: bool = False) -> Call:
-        network = compiled_twin(model) if compiled else model
-        return lambda: sample_latents(network, card, list(captions), None, range(settings.batch), config, **sides)
+    def ours(network: PixArt) -> Call:
+        return lambda: sample_latents(network, card, list(captions), None, range(settings.images), config, **sides)
 
     def theirs(**options) -> Call:
         pipeline = _pipeline_in_diffusers(model, lcm=name == "lcm", **options)
@@ -65,8 +63,8 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
             use_resolution_binning=False, output_type="latent",
         )  # fmt: skip
 
-    programs = network_programs(settings, ours, theirs)
-    return Case(name, programs, images=settings.batch, note=f"{settings.tokens} caption tokens, no padding")
+    programs = network_programs(settings, model, ours, theirs)
+    return Case(name, programs, images=settings.images, note=f"{settings.tokens} caption tokens, no padding")
 
 
 def _pipeline_in_diffusers(model: PixArt, *, lcm: bool = False, vae=None, text=None, **network):
@@ -104,7 +102,7 @@ def random_text_encoder(settings: Settings) -> TextEncoder:
 
 
 def _prompts(settings: Settings) -> list[str]:
-    return [" ".join(f"w{(7 * i + j) % 100}" for j in range(WORDS)) for i in range(settings.batch)]
+    return [" ".join(f"w{(7 * i + j) % 100}" for j in range(WORDS)) for i in range(settings.images)]
 
 
 def text_case(settings: Settings) -> Case:
@@ -116,7 +114,7 @@ def text_case(settings: Settings) -> Case:
 
     note = f"T5 of width {settings.text_width} and {settings.text_layers} layers, {WORDS} words a prompt"
     programs = {"ours": lambda: lambda: text.encode(prompts), "padded to 120": lambda: padded}
-    return Case("text", programs, images=settings.batch, note=note)
+    return Case("text", programs, images=settings.images, note=note)
 
 
 def pipeline_case(settings: Settings) -> Case:
@@ -130,9 +128,9 @@ def pipeline_case(settings: Settings) -> Case:
     )  # fmt: skip
     size = {"height": settings.height, "width": settings.width}
 
-    def ours(compiled: bool = False) -> Call:
-        pipeline = Pipeline(compiled_twin(model) if compiled else model, card, vae, text)
-        return lambda: pipeline(prompts, list(range(settings.batch)), **size)
+    def ours(network: PixArt) -> Call:
+        pipeline = Pipeline(network, card, vae, text)
+        return lambda: pipeline(prompts, list(range(settings.images)), **size)
 
     def theirs(**options) -> Call:
         pipeline = _pipeline_in_diffusers(model, vae=vae_in_diffusers(vae), text=text, **options)
@@ -141,5 +139,5 @@ def pipeline_case(settings: Settings) -> Case:
             clean_caption=False, **size,
         )  # fmt: skip
 
-    programs = network_programs(settings, ours, theirs)
-    return Case("pipeline", programs, images=settings.batch, note=f"{WORDS} words a prompt; diffusers pads to 120")
+    programs = network_programs(settings, model, ours, theirs)
+    return Case("pipeline", programs, images=settings.images, note=f"{WORDS} words a prompt; diffusers pads to 120")

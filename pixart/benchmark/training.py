@@ -11,7 +11,9 @@ from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import call_diffusers, diffusers_or_none, network_in_diffusers, random_network
 from pixart.config import load_config
 from pixart.data.dataset import Batch
+from pixart.diffusion import diffusion_loss
 from pixart.diffusion.schedule import make_schedule
+from pixart.errors import InputError
 from pixart.model.autoencoder import IdentityAutoencoder
 from pixart.train.config import OptimizerConfig, TrainConfig
 from pixart.train.distributed import Processes
@@ -21,6 +23,7 @@ from pixart.train.setup import build_state, make_accelerator
 from pixart.train.step import train_step
 
 DECAY = 0.999
+AUTOTUNE = "max-autotune-no-cudagraphs"  # torch.compile's mode for the plain loop
 
 
 def optimizer_case(settings: Settings) -> Case:
@@ -66,12 +69,17 @@ def plain_ema(ema: nn.Module, model: nn.Module) -> None:
 
 
 def train_case(settings: Settings) -> Case:
-    """A whole step as `config` says, but for reading the data. The plain loop is diffusers' network of the same size
-    with the same losses, torch's own AdamW (the config's optimizer, if that is another), clipping and an averaged copy.
+    """A whole step as `config` says, but for reading the data: from latents, as features hold them, or from pixels if
+    the model is one of pixels. The plain loop is diffusers' network of the same size in the same precision, with the
+    same losses, torch's own AdamW (the config's optimizer, if that is another), clipping and an averaged copy.
     """
     config = load_config(TrainConfig, settings.config)
-    config = replace(config, output="unused", init_from=None, train=replace(config.train, trackers=()))
-    batch, schedule = random_batch(config, settings), make_schedule(config.diffusion)
+    batch_size = config.train.batch_size if settings.batch is None else settings.images
+    loop = replace(config.train, trackers=(), batch_size=batch_size, accumulation=1, parallel="ddp")
+    config = replace(config, output="unused", init_from=None, train=loop)
+    if loop.mixed_precision == "fp16":
+        raise InputError(f"case train, {settings.config}: expected train.mixed_precision bf16 or no, got fp16")
+    batch, schedule = random_batch(config).to(settings.device), make_schedule(config.diffusion)
 
     def ours(compiled: bool = False) -> Call:
         chosen = replace(config, train=replace(config.train, compile=compiled))
@@ -80,23 +88,27 @@ def train_case(settings: Settings) -> Case:
         return lambda: train_step(state, [batch], schedule, IdentityAutoencoder(), chosen)
 
     programs: dict[str, Callable[[], Call]] = {"ours": ours}
-    if "ours-compiled" in settings.programs or settings.cuda:
+    if settings.cuda or "ours-compiled" in settings.programs:
         programs["ours-compiled"] = lambda: ours(compiled=True)
-    if diffusers_or_none() is not None:
+    if diffusers_or_none() is not None and not (config.model.kv_blocks or config.model.qk_norm):
         programs["plain loop"] = lambda: plain_step(config, batch, settings)
-    note = f"{settings.config}: {config.optimizer.name}, batch {config.train.batch_size}"
-    return Case("train", programs, images=config.train.batch_size, steps=3, note=note)
+        if settings.cuda or "plain loop-compiled" in settings.programs:
+            programs["plain loop-compiled"] = lambda: plain_step(config, batch, settings, mode=AUTOTUNE)
+    note = f"{settings.config}: {config.optimizer.name}, batch {batch_size}, {loop.mixed_precision}"
+    dtype = torch.bfloat16 if loop.mixed_precision == "bf16" else torch.float32
+    return Case("train", programs, images=batch_size, steps=3, note=note, dtype=dtype)
 
 
-def random_batch(config: TrainConfig, settings: Settings) -> Batch:
+def random_batch(config: TrainConfig) -> Batch:
     """A batch without a file; captions of all lengths."""
     count, side, length = config.train.batch_size, config.data.resolution, config.text.length
     latent = (count, config.vae.latent_channels, config.model.latent_size, config.model.latent_size)
+    from_pixels = config.vae.kind == "identity"
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, length + 1, (count, 1), generator=g)
-    batch = Batch(
-        pixels=torch.rand(count, 3, side, side, generator=g) * 2 - 1,
-        latents=None,
+    return Batch(
+        pixels=torch.rand(count, 3, side, side, generator=g) * 2 - 1 if from_pixels else None,
+        latents=None if from_pixels else torch.randn(latent, generator=g),
         noise=torch.randn(latent, generator=g),
         posterior_noise=torch.randn(latent, generator=g),
         time=torch.rand(count, generator=g),
@@ -109,23 +121,25 @@ def random_batch(config: TrainConfig, settings: Settings) -> Batch:
         ids=[str(i) for i in range(count)],
         problems=[],
     )
-    return batch.to(settings.device)
 
 
-def plain_step(config: TrainConfig, batch: Batch, settings: Settings) -> Call:
-    """What one writes around diffusers' network in an afternoon, for the flow that `configs/openmoji.yaml` learns."""
-    from pixart.diffusion import diffusion_loss
-
-    sizes = replace(settings, dtype="float32")
-    network = network_in_diffusers(random_network(sizes, config.model))
+def plain_step(config: TrainConfig, batch: Batch, settings: Settings, *, mode: str | None = None) -> Call:
+    """What one writes around diffusers' network in an afternoon; `mode` is torch.compile's."""
+    network = network_in_diffusers(random_network(replace(settings, dtype="float32"), config.model), mode=mode)
+    if config.train.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
     ema = copy.deepcopy(network).requires_grad_(False)
     schedule, optimizer = make_schedule(config.diffusion), plain_optimizer(network, config)
+    clean = batch.pixels if batch.latents is None else batch.latents
+    micro = {"size": batch.size, "aspect_ratio": batch.aspect_ratio} if config.model.micro_conditions else {}
+    kind = torch.device(settings.device).type
 
     def call() -> Tensor:
         t = schedule.draw_times(batch.time, config.diffusion)
-        x = schedule.add_noise(batch.pixels, batch.noise, t)
-        output = call_diffusers(network, x, t, batch.caption, batch.caption_mask)
-        losses = diffusion_loss(schedule, config.diffusion, output, batch.pixels, batch.noise, t)
+        x = schedule.add_noise(clean, batch.noise, t)
+        with torch.autocast(kind, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):
+            output = call_diffusers(network, x, t, batch.caption, batch.caption_mask, **micro)
+            losses = diffusion_loss(schedule, config.diffusion, output, clean, batch.noise, t)
         loss = losses["loss"].mean()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
