@@ -1,12 +1,14 @@
 """Strict configuration: YAML → frozen dataclasses, and back. An unknown key or a wrong type names file, line and key.
 
 A file holds differences only. `base: other.yaml` at its top starts from another file; `preset: NAME` in a section
-starts from that class's `from_preset(NAME)`; `key=value` arguments come last.
+starts from that class's `from_preset(NAME)`, whatever the section held in the base; `key=value` arguments come last.
+Texts that begin with ~/ are paths in the home folder.
 """
 
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -19,6 +21,7 @@ import yaml
 from pixart.errors import InputError
 
 T = TypeVar("T")
+YAML_WORDS = {True: ("yes", "on"), False: ("no", "off")}  # that it reads as truth values
 
 
 class _Settings(dict):
@@ -36,16 +39,14 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         InputError: unreadable file, unknown key, wrong type, or a value the class refuses.
     """
     settings = _read(Path(path))
-    for override in overrides:
-        _override(settings, override)
+    _override_all(settings, overrides)
     return build(cls, settings, place=f"{path}: ")
 
 
 def override(config: T, overrides: Sequence[str]) -> T:
     """A dataclass with `key=value` changes, checked as in a file."""
     settings = _Settings({}, {})
-    for text in overrides:
-        _override(settings, text)
+    _override_all(settings, overrides)
     return build(type(config), settings, start=config)
 
 
@@ -74,8 +75,8 @@ def build(cls: type[T], settings: dict, where: str = "", start: T | None = None,
         name = f"{where}{key}"
         at = f"{places[key]}: " if key in places else place
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            near = _sections_with(str(key), hints) or difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"; did you mean {' or '.join(repr(where + other) for other in near)}?" if near else ""
             raise InputError(f"{at}unknown key '{name}'{hint} (there are {', '.join(sorted(fields))})")
         values[key] = _convert(value, hints[key], name, at, start=values.get(key))
     missing = [
@@ -159,14 +160,31 @@ def _from_node(node: yaml.Node, path: str | Path) -> Any:
         raise InputError(f"{place}: {node.value!r} cannot be read as {node.tag.split(':')[-1]} ({error})") from None
 
 
+def _sections_with(key: str, hints: dict[str, Any]) -> list[str]:
+    """A dataclass's sections that have a key, which stands one level too high."""
+    sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+    return [f"{name}.{key}" for name in sections if key in {field.name for field in dataclasses.fields(hints[name])}]
+
+
 def _merge(base: _Settings, changes: _Settings) -> _Settings:
+    """`changes` on top of `base`. A section with a preset starts anew: what stood below would change the preset."""
     for key, value in changes.items():
-        if isinstance(value, _Settings) and isinstance(base.get(key), _Settings):
+        if isinstance(value, _Settings) and isinstance(base.get(key), _Settings) and "preset" not in value:
             _merge(base[key], value)
         else:
             base[key] = value
         base.places[key] = changes.places[key]
     return base
+
+
+def _override_all(settings: _Settings, overrides: Sequence[str]) -> None:
+    """`key=value` arguments in their order, as one layer: a preset empties its section before any of them."""
+    for text in overrides:
+        section, _, last = text.partition("=")[0].rpartition(".")
+        if section and last == "preset":
+            _override(settings, f"{section}={{}}")
+    for text in overrides:
+        _override(settings, text)
 
 
 def _override(settings: _Settings, override: str) -> None:
@@ -207,12 +225,10 @@ def _convert(value: Any, hint: Any, name: str, place: str, start: Any = None) ->
             raise InputError(f"{place}{name}: got {value!r}, expected a section with keys")
         return build(hint, value, name + ".", start, place)
     if origin is Literal:
+        if isinstance(value, bool) and (meant := [word for word in YAML_WORDS[value] if word in arguments]):
+            return meant[0]
         if not any(value == argument and type(value) is type(argument) for argument in arguments):  # True == 1 == 1.0
-            quote = "; YAML reads yes, no, on and off as truth values: put quotes around them"
-            raise InputError(
-                f"{place}{name}: got {value!r}, expected one of {', '.join(map(str, arguments))}"
-                f"{quote if isinstance(value, bool) else ''}"
-            )
+            raise InputError(f"{place}{name}: got {value!r}, expected one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -244,5 +260,5 @@ def _convert_scalar(value: Any, hint: type, name: str, place: str) -> Any:
         if not math.isnan(number):
             return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
+        return os.path.expanduser(value) if hint is str and value.startswith("~/") else value
     raise InputError(f"{place}{name}: got {value!r}, expected {'a number' if hint is float else hint.__name__}")
