@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart.data.batches import BucketBatches, derive_seed
+from pixart.data.batches import BucketBatches
 from pixart.errors import InputError
+from pixart.seeds import derive_seed
 
 
 def take(count: int, batches: BucketBatches) -> list[list[tuple[int, int]]]:
@@ -163,7 +164,7 @@ def test_iterating_twice_starts_at_the_position_again():
 
 def test_another_process_draws_the_same_batches_and_seeds():
     code = (
-        "import itertools; from pixart.data.batches import *; "
+        "import itertools; from pixart.data.batches import *; from pixart.seeds import derive_seed; "
         "b = BucketBatches([0, 1] * 9, 4, seed=7, rank=1, ranks=2); "
         "print(list(itertools.islice(b, 12)), derive_seed(1, 'é', (2, 3)))"
     )

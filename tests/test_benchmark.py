@@ -164,6 +164,40 @@ def test_programs_are_interleaved_and_the_first_calls_are_not_counted():
     assert [len(result.seconds) for result in results] == [3, 3]
 
 
+def test_a_program_without_memory_leaves_the_others_their_figures(tmp_path):
+    def full():
+        raise torch.OutOfMemoryError("full")
+
+    case = Case("forward", {"ours": lambda: lambda: None, "other": lambda: full, "third": lambda: full()})
+    results = measure(case, SMALL)
+    assert [len(r.seconds) for r in results] == [1, 0, 0]
+    text = table(results)
+    assert "| forward | other | does not fit the device's memory |" in text
+    write_json(results, tmp_path / "x.json")
+    assert [row["program"] for row in json.loads((tmp_path / "x.json").read_text())["results"]] == ["ours"]
+
+
+def test_a_peak_that_cannot_be_measured_is_a_note_beside_the_times(monkeypatch):
+    def fail(*_):
+        raise InputError("its memory could not be measured")
+
+    monkeypatch.setattr("pixart.benchmark.run.measure_memory", fail)
+    text = run(["attention"], replace(SMALL, memory=True, programs=("ours",)))
+    assert "heads of 64; its memory could not be measured" in text
+
+
+def test_compiled_programs_are_called_thrice_before_the_clock_starts():
+    calls = []
+    case = Case("x", {"ours-compiled": lambda: lambda: calls.append(0)})
+    measure(case, SMALL)
+    assert len(calls) == 1 + 2 + SMALL.rounds
+
+
+def test_sizes_whose_conditions_diffusers_leaves_out_are_measured_without_it():
+    programs = CASES["lcm"](replace(SMALL, preset="alpha-1024", height=64, width=64)).programs
+    assert list(programs) == ["ours"]
+
+
 def result(program: str, seconds: list[float], **changes) -> Result:
     return Result(
         "forward",
@@ -194,10 +228,10 @@ def test_compiling_pays_after_so_many_pictures():
 
 
 def test_an_older_run_is_compared_where_it_ran_at_the_same_size(tmp_path):
-    old = [result("ours", [0.2]), replace(result("diffusers", [9.0]), settings={**asdict(SMALL), "batch": 7})]
+    old = [result("ours", [0.2]), replace(result("diffusers", [9.0]), images=7)]
     write_json(old, tmp_path / "old.json")
     new = [result("ours", [0.1]), result("diffusers", [1.0])]
-    new[0].settings["rounds"] = 99
+    new[0].settings |= {"rounds": 99, "batch": "largest"}
     assert compare(new, tmp_path / "old.json") == "forward, ours: 200.0 ms → 100.0 ms, 2.00 × as fast"
     (tmp_path / "bad.json").write_text("[1]")
     with pytest.raises(InputError, match=r"expected a file that --json wrote"):

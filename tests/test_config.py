@@ -236,7 +236,7 @@ def test_a_preset_of_a_later_layer_takes_the_place_of_the_section_below(write):
 @pytest.mark.parametrize(("text", "word"), [("no", "no"), ("off", "no"), ("yes", "yes"), ("'no'", "no"), ("3", 3)])
 def test_words_that_yaml_takes_for_truth_values_are_words_where_they_are_expected(write, text, word):
     if text == "off":  # is no word of this field
-        assert "expected one of no, yes, 3" in error(Outer, write(f"name: a\ninner: {{mode: 'off'}}\n"))
+        assert "expected one of no, yes, 3" in error(Outer, write("name: a\ninner: {mode: 'off'}\n"))
     assert load_config(Outer, write(f"name: a\ninner: {{mode: {text}}}\n")).inner.mode == word
     assert load_config(Outer, write("name: a\n"), [f"inner.mode={text}"]).inner.mode == word
 

@@ -11,7 +11,7 @@ FLOORS = {
     for floor, rooms in [
         (6, "benchmark"), (5, "evaluate"), (4, "train"), (3, "pipeline extract captioner"), (2.5, "generate"),
         (2, "checkpoint data"), (1, "model diffusion"), (0, "config captions buckets cli grid disk"),
-        (-1, "errors heap"),
+        (-1, "errors heap seeds"),
     ] for room in rooms.split()
 }  # fmt: skip
 RUNTIME = {

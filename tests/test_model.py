@@ -173,6 +173,36 @@ def test_a_new_model_starts_as_the_authors_do():
     assert (model(**inputs) == 0).all()
 
 
+@pytest.mark.parametrize(
+    "idea",
+    [{"depth": 3}, {"learn_sigma": False}, {"micro_conditions": True}, {"qk_norm": True},
+     {"kv_compression": "conv", "kv_blocks": (1,)}, {"mlp_ratio": 2.0}],
+)  # fmt: skip
+def test_networks_that_differ_in_one_idea_start_alike_in_all_else(idea):
+    def start(**changes):
+        torch.manual_seed(3)
+        return PixArt(PixArtConfig(**{**TINY, **changes})).state_dict()
+
+    plain, other = start(), start(**idea)
+    shared = [name for name in plain if name in other and plain[name].shape == other[name].shape]
+    assert len(shared) > 0.8 * len(plain)
+    assert all(torch.equal(plain[name], other[name]) for name in shared)
+
+
+def test_two_networks_and_two_blocks_of_one_start_apart():
+    torch.manual_seed(3)
+    first, second = PixArt(PixArtConfig(**TINY)), PixArt(PixArtConfig(**TINY))
+    assert not torch.equal(first.blocks[0].mlp.fc1.weight, second.blocks[0].mlp.fc1.weight)
+    assert not torch.equal(first.blocks[0].mlp.fc1.weight, first.blocks[1].mlp.fc1.weight)
+
+
+def test_the_patch_embedding_is_the_convolution():
+    model = tiny_model()
+    x = torch.randn(2, 4, 6, 10)
+    convolved = model.x_embedder.proj(x).flatten(2).transpose(1, 2)
+    assert relative(model.x_embedder(x), convolved) <= 1e-6
+
+
 def test_conv_compression_starts_as_the_mean_of_a_square():
     torch.manual_seed(0)
     model = PixArt(PixArtConfig(**TINY, kv_compression="conv", kv_blocks=(0,)))

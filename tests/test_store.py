@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 import pixart.extract.run as run_module
 from features import contents, make_store
-from pixart.data.batches import derive_seed
 from pixart.data.images import load_image
 from pixart.data.parts import PartFile
 from pixart.data.sources import scan
@@ -27,6 +26,7 @@ from pixart.errors import InputError
 from pixart.extract import Share, convert_official, summarize
 from pixart.model.autoencoder import load_autoencoder
 from pixart.model.text import TextEncoder
+from pixart.seeds import derive_seed
 from pixart.train.data import choose_held_out, run_table
 from pixart.train.loop import train
 from runs import build, change, command, environment, make_pictures, make_text_encoder, run_script, settings, write

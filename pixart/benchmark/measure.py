@@ -1,6 +1,8 @@
 """Programs of one case, interleaved over several rounds: times, FLOPs, peak memory, and the device's matrix rate."""
 
+import gc
 import json
+import math
 import os
 import re
 import statistics
@@ -25,6 +27,7 @@ COMPILED = {
     "ours-compiled": "ours", "ours-reduce-overhead": "ours", "diffusers-max-autotune": "diffusers",
     "diffusers-reduce-overhead": "diffusers", "plain loop-compiled": "plain loop",
 }  # fmt: skip
+WARM_UP = 2  # more calls of a compiled program: a CUDA graph is recorded in the second and runs from the third on
 SIDES = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is the device's rate
 
 
@@ -103,26 +106,38 @@ class Result:
     memory: int | None = None  # peak, in bytes: of the process on a CPU, of the allocator on CUDA
     before: int | None = None  # the process's size before the program was made
     rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of matrix products in the same rounds
+    failed: str = ""  # why there is nothing else
     note: str = ""
     settings: dict = field(default_factory=dict)
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds) if self.seconds else math.nan
 
 
 def measure(case: Case, settings: Settings) -> list[Result]:
-    """Time a case's programs, one call of each a round, after a first call of each that is not counted."""
+    """Time a case's programs, one call of each a round, after first calls of each that are not counted. A program that
+    the device has no memory for leaves the others to be measured."""
     calls, results, uncounted = {}, {}, COMPILED | case.same_work
     for name, make in case.programs.items():
-        calls[name] = make()
-        counter = nullcontext() if name in uncounted else flop_counter()
-        with counter:
-            first = timed(calls[name], settings)
-        flops = 0 if name in uncounted else counter.get_total_flops()
-        results[name] = Result(
-            case.name, name, [], first, flops, case.images, case.bytes, note=case.note, settings=asdict(settings)
+        result = Result(
+            case.name, name, [], math.nan, 0, case.images, case.bytes, note=case.note, settings=asdict(settings)
         )
+        results[name] = result
+        counter = nullcontext() if name in uncounted else flop_counter()
+        try:
+            call = make()
+            with counter:
+                result.first = timed(call, settings)
+            for _ in range(WARM_UP if name in COMPILED else 0):
+                timed(call, settings)
+        except torch.OutOfMemoryError:
+            result.failed = "does not fit the device's memory"
+            call = None
+            free()
+            continue
+        calls[name] = call
+        result.flops = 0 if name in uncounted else counter.get_total_flops()
     for name, counted in uncounted.items():
         if name in results and counted in results:
             results[name].flops = results[counted].flops
@@ -143,7 +158,7 @@ def timed(call: Call, settings: Settings) -> float:
     start = time.perf_counter()
     call()
     if settings.cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(settings.device)
     return time.perf_counter() - start
 
 
@@ -192,8 +207,17 @@ def matrix_products(settings: Settings, dtype: torch.dtype | None = None) -> dic
         layer = Linear(side, side, bias=False, dtype=dtype)
         products[f"our Linear, {side}³"] = by(lambda: layer(a))
     for call, _ in products.values():
-        call()
+        timed(call, settings)
     return products
+
+
+def free() -> None:
+    """Give the device what nothing holds any more, compiled programs and their CUDA graphs among it."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:

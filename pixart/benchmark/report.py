@@ -14,9 +14,12 @@ COLUMNS = ("case", "program", "median", "spread", "ours is", "memory", "GFLOP/s"
 
 def table(results: list[Result]) -> str:
     """A Markdown table; "ours is" says how many times as fast as the program of its row ours is."""
-    ours = {result.case: result.median for result in results if result.program == "ours"}
+    ours = {result.case: result.median for result in results if result.program == "ours" and not result.failed}
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for r in results:
+        if r.failed:
+            rows.append((r.case, r.program, r.failed, *[""] * (len(COLUMNS) - 4), r.note))
+            continue
         seconds = sorted(r.seconds)
         rate = r.flops / r.median
         speed = f"{rate / 1e9:,.0f}" if r.flops else f"{r.bytes / r.median / 1e9:.1f} GB/s" if r.bytes else ""
@@ -38,7 +41,7 @@ def compile_costs(results: list[Result]) -> list[str]:
     lines = []
     for r in results:
         eager = by_name.get((r.case, COMPILED.get(r.program)))
-        if eager is None:
+        if eager is None or eager.failed or r.failed:
             continue
         gain = eager.median - r.median
         calls = (r.first - r.median) / gain if gain > 0 else float("inf")
@@ -64,7 +67,7 @@ def write_json(results: list[Result], path: Path) -> None:
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    rows = [{**asdict(result), "median": result.median} for result in results]
+    rows = [{**asdict(result), "median": result.median} for result in results if not result.failed]
     path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -90,6 +93,7 @@ def compare(results: list[Result], path: Path) -> str:
 def _key(row: dict) -> tuple:
     free = ("rounds", "programs", "memory", "keep_memory")  # that change no figure's meaning
     settings = {key: value for key, value in row["settings"].items() if key not in free}
+    settings["batch"] = row["images"]  # which none and "largest" come to
     return row["case"], row["program"], json.dumps(settings, sort_keys=True)
 
 

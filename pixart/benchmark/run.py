@@ -1,6 +1,5 @@
 """Measure the cases that are asked for, one after the other, and say what came out."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,16 @@ from pathlib import Path
 import torch
 
 from pixart.benchmark.cases import CASES
-from pixart.benchmark.measure import COMPILED, Result, Settings, largest_batch, measure, measure_memory
+from pixart.benchmark.measure import (
+    COMPILED,
+    WARM_UP,
+    Result,
+    Settings,
+    free,
+    largest_batch,
+    measure,
+    measure_memory,
+)
 from pixart.benchmark.report import compare, profile, table, write_json
 from pixart.errors import InputError
 from pixart.heap import keep_freed_memory
@@ -37,15 +45,13 @@ def run(
         return "\n\n".join(_profile(name, settings, Path(profile_into)) for name in names)
     results: list[Result] = []
     for name in names:
-        if settings.batch == "largest":
-            chosen = replace(settings, batch=largest_batch(lambda batch, name=name: _fits(name, settings, batch)))
-        else:
-            chosen = settings
+        chosen = _sized(name, settings)
         found = measure(CASES[name](chosen).choose(settings.programs), chosen)
         results += found
-        _free()
+        free()
         for result in found if settings.memory else []:
-            result.memory, result.before = measure_memory(name, result.program, chosen)
+            if not result.failed:
+                _add_memory(result, chosen)
     text = table(results)
     if json is not None:
         write_json(results, Path(json))
@@ -54,15 +60,32 @@ def run(
     return text
 
 
+def _sized(name: str, settings: Settings) -> Settings:
+    """The settings with a number in place of "largest"."""
+    if settings.batch != "largest":
+        return settings
+    return replace(settings, batch=largest_batch(lambda batch: _fits(name, settings, batch)))
+
+
+def _add_memory(result: Result, settings: Settings) -> None:
+    """A program's peak, or in its note why there is none: what was timed stays."""
+    try:
+        result.memory, result.before = measure_memory(result.case, result.program, settings)
+    except InputError as error:
+        result.note = "; ".join(filter(None, [result.note, str(error)]))
+
+
 def _profile(name: str, settings: Settings, folder: Path) -> str:
+    settings = _sized(name, settings)
     case = CASES[name](settings).choose(settings.programs)
     tables = []
     for program, make in case.programs.items():
         call = make()
-        call()
+        for _ in range(1 + (WARM_UP if program in COMPILED else 0)):
+            call()
         top = profile(call, f"{name}-{program}".replace(" ", "-"), folder, cuda=settings.cuda)
         tables.append(f"{name}, {program}\n{top}")
-        _free()
+        free()
     return "\n".join(tables)
 
 
@@ -81,11 +104,5 @@ def _fits(name: str, settings: Settings, batch: int) -> bool:
         return False
     finally:
         case = calls = None
-        _free()
+        free()
     return True
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """Cases of text to pictures: the sampling loop, the text encoder, the whole pipeline; against diffusers' pipeline."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from pixart.benchmark.networks import (
 from pixart.checkpoint import ModelCard
 from pixart.diffusion.sampling import GUIDANCE, SampleConfig
 from pixart.generate import sample_latents
-from pixart.model import PixArt
+from pixart.model import PRESETS, PixArt
 from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.text import TextConfig, TextEncoder
 from pixart.pipeline import Pipeline
@@ -63,8 +64,17 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
             use_resolution_binning=False, output_type="latent",
         )  # fmt: skip
 
-    programs = network_programs(settings, model, ours, theirs)
+    programs = _programs(settings, model, ours, theirs)
     return Case(name, programs, images=settings.images, note=f"{settings.tokens} caption tokens, no padding")
+
+
+def _programs(
+    settings: Settings, model: PixArt, ours: Callable[[PixArt], Call], theirs: Callable[..., Call]
+) -> dict[str, Callable[[], Call]]:
+    programs, c = network_programs(settings, model, ours, theirs), model.config
+    if c.micro_conditions and c.latent_size != PRESETS["alpha-1024"].latent_size:
+        return {name: program for name, program in programs.items() if "diffusers" not in name}  # it then gives no size
+    return programs
 
 
 def _pipeline_in_diffusers(model: PixArt, *, lcm: bool = False, vae=None, text=None, **network):
@@ -139,5 +149,5 @@ def pipeline_case(settings: Settings) -> Case:
             clean_caption=False, **size,
         )  # fmt: skip
 
-    programs = network_programs(settings, model, ours, theirs)
+    programs = _programs(settings, model, ours, theirs)
     return Case("pipeline", programs, images=settings.images, note=f"{WORDS} words a prompt; diffusers pads to 120")

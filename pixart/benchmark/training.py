@@ -83,7 +83,7 @@ def train_case(settings: Settings) -> Case:
 
     def ours(compiled: bool = False) -> Call:
         chosen = replace(config, train=replace(config.train, compile=compiled))
-        accelerator = make_accelerator(chosen)
+        accelerator = make_accelerator(chosen, cpu=not settings.cuda)
         state = build_state(chosen, accelerator, Processes(accelerator, chosen.train.timeout), None, fresh=True)
         return lambda: train_step(state, [batch], schedule, IdentityAutoencoder(), chosen)
 

@@ -1,6 +1,5 @@
 """Which samples form which batch: a pure function of (seed, epoch), so that a run's position is one integer."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -11,14 +10,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from pixart.errors import InputError
+from pixart.seeds import derive_seed
 
 Key = tuple[int, int]  # (pass over the sample's set, in which all its random numbers differ; index of the sample)
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable; the same on every machine and in every process."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class BucketBatches(Sampler[list[Key]]):

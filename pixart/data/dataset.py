@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from pixart.data.batches import Key, derive_seed
+from pixart.data.batches import Key
 from pixart.data.images import UNREADABLE, Record, choose, load_image
 from pixart.data.store import Features, FeatureStore
 from pixart.errors import InputError
+from pixart.seeds import derive_seed
 
 # lengths that captions of a batch are padded to, up to the model's own: few, so that few shapes are compiled
 CAPTION_LENGTHS = (16, 32, 64, 128, 256)

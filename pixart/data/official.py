@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart.buckets import Bucket
-from pixart.data.batches import derive_seed
 from pixart.data.images import Record
 from pixart.data.items import Fields
 from pixart.data.lists import LISTS, read_official
 from pixart.data.store import UNKNOWN, Features
 from pixart.errors import InputError
+from pixart.seeds import derive_seed
 
 
 class OfficialFeatures:

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixart.data.batches import derive_seed
 from pixart.data.images import Record
 from pixart.data.parts import PartFile
 from pixart.data.store import INDEX, PROMPTS, VERSION, caption_file, digest_manifest, join, join_texts, sample_file
 from pixart.disk import MANIFEST, digest_file, write_file
 from pixart.errors import InputError
+from pixart.seeds import derive_seed
 
 PLAN, LOCK = "plan.json", ".lock"
 

@@ -6,6 +6,7 @@ Letters in shape comments: B batch, N = h·w image tokens, L caption tokens, D w
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -55,8 +56,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # contiguous: every sum of the residual stream takes over the layout of its first summand
-        return rearrange(self.proj(x), "b d h w -> b (h w) d").contiguous()
+        # the convolution as the product that it is: a GPU would do it in TF32, and its output would lie transposed
+        p, q = self.proj.kernel_size
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class NumberEmbedder(nn.Module):

@@ -19,6 +19,7 @@ from pixart.errors import InputError
 from pixart.model.embed import CaptionEmbedder, NumberEmbedder, PatchEmbed, grid_positions
 from pixart.model.layers import Block, CaptionKV, FinalLayer
 from pixart.model.linear import Linear
+from pixart.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class PixArt(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        seed = int(torch.randint(2**62, (), device="cpu"))  # before the layers take a number of them that differs
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, dim, config.patch_size)
         self.t_embedder = NumberEmbedder(dim)
@@ -131,31 +133,43 @@ class PixArt(nn.Module):
         )  # fmt: skip
         self.final_layer = FinalLayer(dim, config.patch_size**2 * config.out_channels)
         if not self.x_embedder.proj.weight.is_meta:  # to be loaded into: nothing to initialise
-            self.initialize_weights()
+            self.initialize_weights(seed)
         self.register_load_state_dict_pre_hook(_take_out_positions)
 
     @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """The authors' initialisation; output and cross-attention start at zero, so a block starts without captions."""
-        for module in self.modules():
+    def initialize_weights(self, seed: int) -> None:
+        """The authors' initialisation; output and cross-attention start at zero, so a block starts without captions.
+
+        Every tensor has a generator of its own, from `seed` and its name: networks that differ in one idea start alike
+        in all else.
+        """
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+        def by(name: str) -> torch.Generator:
+            return torch.Generator(tensors[name].device).manual_seed(derive_seed(seed, name))
+
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.weight, generator=by(f"{name}.weight"))
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        for prefix in ("t_embedder.", "csize_embedder.", "ar_embedder.", "t_block.", "y_embedder."):
-            for name, parameter in self.named_parameters():
-                if name.startswith(prefix) and name.endswith("weight"):
-                    nn.init.normal_(parameter, std=0.02)
-        width, caption_channels = self.config.hidden_size, self.config.caption_channels
+        patches = self.x_embedder.proj.weight.flatten(1)  # (D, p·p·C)
+        nn.init.xavier_uniform_(patches, generator=by("x_embedder.proj.weight"))
+        bound = patches.shape[1] ** -0.5
+        nn.init.uniform_(self.x_embedder.proj.bias, -bound, bound, generator=by("x_embedder.proj.bias"))
+        for name, parameter in self.named_parameters():
+            embedders = ("t_embedder.", "csize_embedder.", "ar_embedder.", "t_block.", "y_embedder.")
+            if name.startswith(embedders) and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02, generator=by(name))
+            elif name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=self.config.hidden_size**-0.5, generator=by(name))
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
-            nn.init.normal_(block.scale_shift_table, std=width**-0.5)
             if block.attn.compression == "conv":  # starts as the mean of a square
                 nn.init.constant_(block.attn.sr.weight, block.attn.ratio**-2)
                 nn.init.zeros_(block.attn.sr.bias)
         nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.normal_(self.final_layer.scale_shift_table, std=width**-0.5)
-        nn.init.normal_(self.y_embedder.y_embedding, std=caption_channels**-0.5)
+        null = "y_embedder.y_embedding"
+        nn.init.normal_(tensors[null], std=self.config.caption_channels**-0.5, generator=by(null))
 
     def forward(
         self,

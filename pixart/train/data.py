@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixart.buckets import Bucket
-from pixart.data.batches import BucketBatches, derive_seed
+from pixart.data.batches import BucketBatches
 from pixart.data.dataset import Batch, Captions, FeatureDataset, ImageDataset, collate, encode_captions
 from pixart.data.images import Record
 from pixart.data.official import OfficialFeatures, is_official
@@ -24,6 +24,7 @@ from pixart.extract import autoencoder_fingerprint, encoder_dtype, fingerprint
 from pixart.model.autoencoder import Autoencoder
 from pixart.model.text import TextEncoder
 from pixart.pipeline import encode_null
+from pixart.seeds import derive_seed
 from pixart.train.config import TrainConfig
 
 

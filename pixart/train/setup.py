@@ -84,8 +84,8 @@ def start(config: TrainConfig) -> Session:
     return Session(run, data, state, loader, make_schedule(config.diffusion), autoencoder, checkpoint is not None)
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises InputError for a precision the device does not have, or a tracker that is not there."""
+def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
+    """`cpu` leaves a GPU alone. Raises InputError for a precision the device lacks, or a tracker that is not there."""
     check_trackers(config.train.trackers)
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
@@ -96,7 +96,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
-            cpu=count > 1 and not torch.accelerator.is_available(),  # or torchrun's processes would not find each other
+            cpu=cpu
+            or (
+                count > 1 and not torch.accelerator.is_available()
+            ),  # or torchrun's processes would not find each other
             mixed_precision=config.train.mixed_precision,
             log_with=list(config.train.trackers) or None,
             project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
