@@ -8,9 +8,11 @@ from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_att
 from pixart.checkpoint.files import ModelCard
 from pixart.checkpoint.save import save
 from pixart.checkpoint.start import is_dit, start_from, start_from_dit, start_from_pixart
+from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
 from pixart.model.embed import sinusoid
+from pixart.train.check import check_sources
 from pixart.train.loop import train
 from runs import build, make_pictures, make_text_encoder, settings
 from test_model_diffusers import in_diffusers
@@ -148,6 +150,43 @@ def test_a_dit_of_another_size_is_refused():
         start_from_dit(fresh(), dit_weights(48, 3))
     with pytest.raises(InputError, match="does not fit the new model"):
         start_from_dit(fresh(in_channels=3), dit_weights(48, 2))
+
+
+def test_what_shapes_do_not_show_is_refused_or_said(tmp_path):
+    source = tiny_model()
+    card = ModelCard(source.config, DiffusionConfig(schedule="cosine", prediction="v"))
+    save(source, card, tmp_path / "ours", "ours")
+    notes = start_from(fresh(position_scale=2.0), str(tmp_path / "ours"), diffusion=DiffusionConfig())
+    assert notes == [
+        "model.position_scale: 1.0 in the source, 2.0 here",
+        "diffusion.schedule: cosine in the source, linear here",
+        "diffusion.prediction: v in the source, epsilon here",
+    ]
+    assert start_from(fresh(), str(tmp_path / "ours"), diffusion=card.diffusion) == []
+    with pytest.raises(InputError, match=r"those of 4 heads, model\.num_heads is 8; set it to 4"):
+        start_from(fresh(num_heads=8), str(tmp_path / "ours"))
+    in_diffusers(source).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(InputError, match="those of 4 heads"):
+        start_from(fresh(num_heads=8), str(tmp_path / "transformer"))
+    torch.save(dit_weights(384, 1), tmp_path / "dit.pt")
+    with pytest.raises(InputError, match=r"those of 6 heads, model\.num_heads is 4"):
+        start_from(fresh(hidden_size=384, depth=1), str(tmp_path / "dit.pt"))
+
+
+def test_weights_that_do_not_fit_or_are_not_finite_are_refused_before_any_work(tmp_path):
+    pictures, text = make_pictures(tmp_path / "pictures"), make_text_encoder(tmp_path / "text")
+    base = settings(tmp_path / "run", pictures, text)
+    source = tiny_model(in_channels=3, learn_sigma=False)
+    broken = source.state_dict() | {"blocks.0.mlp.fc1.bias": torch.full((192,), torch.nan)}
+    for name, state, match in [
+        ("nan", broken, r"init_from: .*blocks\.0\.mlp\.fc1\.bias has NaN"),
+        ("deep", tiny_model(in_channels=3, learn_sigma=False, depth=3).state_dict(),
+         r"init_from: the weights to start from do not fit this model; unknown: blocks\.2"),
+    ]:  # fmt: skip
+        torch.save({"state_dict": state}, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError, match=match):
+            check_sources(build(base, init_from=str(tmp_path / f"{name}.pth")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_run_starts_from_another_model_and_resumes_without_it(tmp_path):

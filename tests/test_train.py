@@ -339,7 +339,7 @@ def test_wrong_config_keys_are_one_line_on_the_command_line(base, tmp_path):
     result = run_script("train", config, "train.stepz=5")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error:")
-    assert "did you mean 'steps'?" in result.stderr
+    assert "did you mean 'train.steps'?" in result.stderr
     assert "Traceback" not in result.stderr
 
 

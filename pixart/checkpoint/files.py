@@ -59,14 +59,6 @@ def read_card(folder: Path, name: str = CONFIG) -> ModelCard:
         raise InputError(f"{path}: {error}") from None
 
 
-def check_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Compare names and shapes with the model's; one error that lists what differs."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if difference := compare_shapes(expected, found):
-        raise InputError(f"{source} does not fit the model of its config; {difference}")
-
-
 def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
     """What differs between two sets of named shapes, "" if nothing."""
     parts = []

@@ -1,17 +1,20 @@
 """Starting a training run from other weights: another PixArt, or DiT re-parametrised (PixArt-α, section 2.3)."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from pixart.checkpoint.detect import examine
-from pixart.checkpoint.files import check_state
+from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import diffusers_parts
-from pixart.checkpoint.locate import locate
+from pixart.checkpoint.load import non_finite
+from pixart.checkpoint.locate import Found, locate
+from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model.embed import sinusoid
-from pixart.model.pixart import PixArt
+from pixart.model.pixart import PRESETS, PixArt, PixArtConfig
 
 DIT_TIME = 500.0  # the time at which a PixArt that starts from DiT equals it
 _MICRO = ("csize_embedder.", "ar_embedder.")
@@ -19,22 +22,59 @@ _NEW = (".attn.sr.", ".attn.norm.", ".attn.q_norm.", ".attn.k_norm.")  # of KV c
 _NULL = "y_embedder.y_embedding"
 
 
-def start_from(model: PixArt, source: str, *, ema: bool = True) -> list[str]:
+def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: DiffusionConfig | None = None) -> list[str]:
     """Put the weights of any file or folder that `load_model` takes, or of a DiT, into a new `model`.
+
+    On the meta device this only tells whether they fit. Where the source has a card, settings of the network, and of
+    `diffusion` if given, that differ without showing in a shape are among the notes.
 
     Returns and raises as `start_from_pixart`, and as `load_model` where the source is no model.
     """
     found = locate(source, ema=ema)
     state = found.weights.read()
-    if is_dit(state):
-        return start_from_dit(model, state)
-    if found.kind == "foreign":
+    if broken := [name for name, tensor in state.items() if tensor.is_floating_point() and non_finite(tensor)]:
+        raise InputError(f"{source}: {broken[0]} has NaN or infinite weights; the training that wrote it had diverged")
+    dit = is_dit(state)
+    if found.kind == "foreign" and not dit:
         evidence = examine(state, found.name)
         if evidence.format == "diffusers":
             table = diffusers_parts(evidence.fields["depth"], micro_conditions=evidence.fields["micro_conditions"])
             side = {_NULL: state[_NULL]} if _NULL in state else {}  # from our export's side file
             state = {name: torch.cat([state[part] for part in parts]) for name, parts in table.items()} | side
-    return start_from_pixart(model, state)
+    _check_heads(model, found, state)
+    if dit:
+        return start_from_dit(model, state)
+    notes = [] if found.card is None else _differences(found.card, model.config, diffusion)
+    return notes + start_from_pixart(model, state)
+
+
+def _check_heads(model: PixArt, found: Found, state: Mapping[str, Tensor]) -> None:
+    """Refuse another number of heads, which no shape shows; it is by the card, diffusers' settings, or the width."""
+    width = model.config.hidden_size
+    released = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
+    heads = released.get(width) if found.kind == "foreign" else None
+    if found.settings is not None:
+        heads = found.settings.get("num_attention_heads", heads)
+    if found.card is not None:
+        heads = found.card.model.num_heads
+    same_width = len(state.get("t_embedder.mlp.2.bias", ())) == width
+    if same_width and heads is not None and heads != model.config.num_heads:
+        raise InputError(
+            f"{found.name}: its weights are those of {heads} heads, model.num_heads is {model.config.num_heads}; "
+            f"set it to {heads}"
+        )
+
+
+def _differences(card: ModelCard, config: PixArtConfig, diffusion: DiffusionConfig | None) -> list[str]:
+    """Settings that differ, a line each, but for those whose tensors are spoken of as new or left out."""
+    told = {"micro_conditions", "kv_compression", "kv_ratio", "kv_blocks", "qk_norm", "caption_length"}
+    pairs = [("model", card.model, config)] + ([("diffusion", card.diffusion, diffusion)] if diffusion else [])
+    return [
+        f"{section}.{field.name}: {getattr(before, field.name)} in the source, {getattr(now, field.name)} here"
+        for section, before, now in pairs
+        for field in fields(now)
+        if field.name not in told and getattr(before, field.name) != getattr(now, field.name)
+    ]
 
 
 def is_dit(state: Mapping[str, Tensor]) -> bool:
@@ -129,6 +169,8 @@ def _time_embedding(state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _load(model: PixArt, taken: Mapping[str, Tensor], what: str) -> None:
-    check_state(model, dict(taken), what)
     target = model.state_dict()
+    expected, found = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (target, taken))
+    if difference := compare_shapes(expected, found):
+        raise InputError(f"{what}; {difference}")
     model.load_state_dict({name: tensor.to(target[name]) for name, tensor in taken.items()}, strict=True)

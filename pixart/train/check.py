@@ -8,7 +8,7 @@ import torch
 
 from pixart.captions import clean_caption
 from pixart.checkpoint.files import checkpoints
-from pixart.checkpoint.locate import locate
+from pixart.checkpoint.start import start_from
 from pixart.data.config import DataConfig
 from pixart.data.official import is_official
 from pixart.data.store import read_manifest
@@ -21,14 +21,14 @@ from pixart.train.freeze import match_names
 
 
 def check_sources(config: TrainConfig) -> None:
-    """Look for the pictures, the text encoder, the VAE and the weights to start from; only headers are read.
+    """Look for the pictures, the text encoder, the VAE and the weights to start from; only these are read whole.
 
     Raises:
         InputError: what is missing, a line each; or `train.freeze` does not fit the model.
     """
     with torch.device("meta"):
-        names = [name for name, _ in PixArt(config.model).named_parameters()]
-    match_names(names, config.train.freeze)
+        model = PixArt(config.model)
+    match_names([name for name, _ in model.named_parameters()], config.train.freeze)
     looks: dict[str, Callable] = {}
     if stores := [config.data.features] * bool(config.data.features) + [*config.data.mix]:
         # which hold the prompts' states too, as a rule
@@ -40,7 +40,7 @@ def check_sources(config: TrainConfig) -> None:
     if config.vae.kind == "kl":
         looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
     if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
-        looks["init_from"] = lambda: locate(config.init_from)
+        looks["init_from"] = lambda: start_from(model, config.init_from, diffusion=config.diffusion)
     missing = []
     for key, look in looks.items():
         try:

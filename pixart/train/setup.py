@@ -96,10 +96,8 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
-            cpu=cpu
-            or (
-                count > 1 and not torch.accelerator.is_available()
-            ),  # or torchrun's processes would not find each other
+            # torchrun's processes find each other on CPUs only if they are told that these are meant
+            cpu=cpu or (count > 1 and not torch.accelerator.is_available()),
             mixed_precision=config.train.mixed_precision,
             log_with=list(config.train.trackers) or None,
             project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
@@ -172,7 +170,8 @@ def build_state(
     torch.manual_seed(config.seed)
     model = PixArt(config.model)
     if fresh and config.init_from is not None:
-        accelerator.print("\n".join([f"starting from {config.init_from}", *start_from(model, config.init_from)]))
+        notes = start_from(model, config.init_from, diffusion=config.diffusion)
+        accelerator.print("\n".join([f"starting from {config.init_from}", *notes]))
     if null is not None:
         model.y_embedder.y_embedding[: len(null)] = null.float()
     model.to(accelerator.device)
