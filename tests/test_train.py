@@ -334,6 +334,29 @@ def test_a_folder_with_another_run_is_not_overwritten(base):
     assert checkpoints(run)[-1].name == "step_00000008"
 
 
+def test_what_changes_under_a_run_is_said_and_kept(base, tmp_path, capsys):
+    cosine = build(base, optimizer__schedule="cosine")
+    run = train(cosine).run
+    capsys.readouterr()
+    train(build(base, optimizer__schedule="cosine"))
+    assert "changed" not in capsys.readouterr().out
+    longer = build(base, optimizer__schedule="cosine", train__steps=8, data__cache=True)
+    train(longer)
+    was, now = (learning_rate(c.optimizer, 6, c.train.steps, 4) for c in (cosine, longer))
+    text = capsys.readouterr().out
+    assert "changed: train.steps 6 → 8" in text
+    assert f"the next step's learning rate is {now:.3g}, with 6 steps it was {was:.3g}" in text
+    other = make_pictures(tmp_path / "other")
+    next(other.glob("*.png")).unlink()
+    train(build(base, optimizer__schedule="cosine", train__steps=9, data__folder=str(other)))
+    text = capsys.readouterr().out
+    assert "warning: the training data are not those of the steps so far (" in text
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 6, 6, 8]
+    assert rows[2]["changed"] == {"train.steps": [6, 8]}
+    assert rows[0]["samples"] == rows[2]["samples"] != rows[3]["samples"]
+
+
 def test_wrong_config_keys_are_one_line_on_the_command_line(base, tmp_path):
     config = write(tmp_path / "config.yaml", base)
     result = run_script("train", config, "train.stepz=5")

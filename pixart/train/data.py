@@ -1,5 +1,6 @@
 """A run's data: what it trains on and holds out, from pictures or feature stores, and this process's batches."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,7 @@ class Data:
     captions: Captions  # of the prompts at least
     null: Tensor | None  # the null caption, if it is not the model's own
     records: list[Record]  # the training pictures; none with feature stores
+    fingerprint: str  # of the training samples' ids, in their order
     places: list[Path]  # where some of it lies: if none of these is there any more, the data is gone
     report: str
 
@@ -83,7 +85,8 @@ def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
             build_openmoji(data.folder)
     found = scan(data, run_table(config))
     records = found.records[:: data.every]
-    held = choose_held_out(np.array([derive_seed(r.id) for r in records]), config)
+    hashes = np.array([derive_seed(record.id) for record in records])
+    held = choose_held_out(hashes, config)
     train = [record for record, out in zip(records, held, strict=True) if not out]
     held_out = [record for record, out in zip(records, held, strict=True) if out]
 
@@ -110,7 +113,8 @@ def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
 
     some = [record.picture for record in train[:: max(len(train) // 16, 1)]]
     places = [picture for picture in some if isinstance(picture, Path)] or [Path(data.folder)]
-    return Data(part(train), part(held_out), captions, null, train, places, "\n".join(report))
+    ids = hash_ids([hashes[~held]])
+    return Data(part(train), part(held_out), captions, null, train, ids, places, "\n".join(report))
 
 
 def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
@@ -136,7 +140,8 @@ def load_features(config: TrainConfig, accelerator: Accelerator, autoencoder: Au
     held_out = part([np.flatnonzero(out).astype(np.int32) for out in held])
     report += describe_split(config, len(train), len(held_out))
     captions, null = prompt_states(config, accelerator, stores[0])
-    return Data(train, held_out, captions, null, [], [store.folder for store in stores], "\n".join(report))
+    ids = hash_ids([store.hashes[~out] for store, out in zip(stores, held, strict=True)])
+    return Data(train, held_out, captions, null, [], ids, [store.folder for store in stores], "\n".join(report))
 
 
 def open_features(folder: str, config: TrainConfig, autoencoder: Autoencoder) -> FeatureStore | OfficialFeatures:
@@ -238,6 +243,14 @@ def choose_held_out(hashes: np.ndarray, config: TrainConfig) -> np.ndarray:
     if held.all():
         raise InputError(f"data.validation {config.data.validation} holds out all {len(held)} images")
     return held
+
+
+def hash_ids(sets: list[np.ndarray]) -> str:
+    """One text for all samples of a run, by their ids' hashes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for hashes in sets:
+        digest.update(np.ascontiguousarray(hashes, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def describe_split(config: TrainConfig, train: int, held_out: int) -> list[str]:

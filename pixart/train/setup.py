@@ -27,6 +27,7 @@ from pixart.train.data import Data, load_data, make_batches
 from pixart.train.distributed import Processes, check_sharded, shard
 from pixart.train.ema import make_ema
 from pixart.train.freeze import freeze
+from pixart.train.history import Changes, note_start
 from pixart.train.optimizer import make_optimizer
 from pixart.train.saver import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
@@ -66,7 +67,7 @@ def start(config: TrainConfig) -> Session:
     check_sources(config)
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.train.timeout)
-    run, checkpoint = open_run(config, accelerator, processes)
+    run, checkpoint, changes = open_run(config, accelerator, processes)
     autoencoder = load_autoencoder(config.vae, device=accelerator.device)
     data = load_data(config, accelerator, autoencoder)
     accelerator.print(data.report)
@@ -74,6 +75,9 @@ def start(config: TrainConfig) -> Session:
     if checkpoint is not None:
         notes = load_checkpoint(state, checkpoint)
         accelerator.print("\n".join([f"going on from {checkpoint}", *notes]))
+    if accelerator.is_main_process:
+        for note in note_start(run, state.progress.step, config, changes, data, processes.count):
+            accelerator.print(note)
     batches, loader = make_batches(config, accelerator, data, state.progress.step)
     accelerator.print(
         f"{batches.per_epoch} batches of {config.train.batch_size} an epoch, {batches.dropped} images left over; "
@@ -113,8 +117,9 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     return accelerator
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to go on from, if any; the main process alone reads it all to check it.
+def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes) -> tuple[Path, Path | None, Changes]:
+    """The run's folder, the checkpoint to go on from, if any, and what changed in the configuration since; the main
+    process alone reads the checkpoint to check it.
 
     Raises:
         InputError: `resume: never` meets a run; or the folder holds a run with another configuration.
@@ -122,17 +127,19 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
     run = Path(config.output)
     stored = run / "config.yaml"
     checkpoint = processes.gather(newest_checkpoint(run, print) if processes.rank == 0 else None)[0]
+    changes: dict[str, tuple] = {}
     if stored.exists():
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
         # through the dataclass: a key that came after the run began has its default there
         before, now = _flatten(to_dict(load_config(TrainConfig, stored))), _flatten(to_dict(config))
-        changed = [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in sorted({*before, *now})
-                   if before.get(key) != now.get(key) and not _is_free(key)]  # fmt: skip
-        if changed and checkpoint is not None:
+        pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
+        if checkpoint is not None:
+            changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if other := [f"{key}: {was!r} → {is_!r}" for key, (was, is_) in changes.items() if not _is_free(key)]:
             raise InputError(
-                f"{run} holds a run with another configuration ({'; '.join(changed)}); "
-                "choose another output for the new one, or take the changes back to go on"
+                f"{run} holds a run with another configuration ({'; '.join(other)}). Take the changes back to go on, "
+                f"or choose another output for a new run, which may start from this one's weights: init_from={run}"
             )
     accelerator.wait_for_everyone()
     problem = None
@@ -145,7 +152,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
             problem = str(error)
     if problem := processes.gather(problem)[0]:
         raise InputError(f"output {run}: cannot be written ({problem}); choose another, or make room")
-    return run, checkpoint
+    return run, checkpoint, changes
 
 
 def check_shapes(config: TrainConfig) -> None:

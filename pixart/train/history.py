@@ -1,0 +1,55 @@
+"""What changed under a run between its starts: said once, and kept in `history.jsonl`, a line for each start."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pixart.train.config import TrainConfig
+from pixart.train.data import Data
+from pixart.train.optimizer import learning_rate
+from pixart.train.report import append_line, read_rows
+
+FILE = "history.jsonl"
+Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now
+QUIET = ("output", "resume", "data.workers", "data.cache")  # change nothing that a run is
+
+
+def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data: Data, processes: int) -> list[str]:
+    """Add a line for this start at `step`; the main process alone calls it.
+
+    Returns:
+        what its user should know of changes, a line each.
+    """
+    told = {key: pair for key, pair in changes.items() if key not in QUIET}
+    notes = [f"changed: {key} {before!r} → {now!r}" for key, (before, now) in told.items()]
+    if "train.steps" in changes and config.optimizer.schedule != "constant":
+        notes.append(_of_learning_rate(config, step, changes["train.steps"][0]))
+    before = [row for row in read_rows(run / FILE) if "samples" in row]
+    if step and before and before[-1]["samples"] != data.fingerprint:
+        notes.append(
+            f"warning: the training data are not those of the steps so far ({before[-1]['images']} images then, "
+            f"{len(data.train)} now); the run goes on with them, and {FILE} says so"
+        )
+    row = {
+        "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
+        "images": len(data.train), "samples": data.fingerprint, "changed": told,
+    }  # fmt: skip
+    try:
+        append_line(run / FILE, json.dumps(row))
+    except OSError as error:
+        notes.append(f"warning: {run / FILE} could not be written ({error}); training goes on")
+    return notes
+
+
+def _of_learning_rate(config: TrainConfig, step: int, steps: int) -> str:
+    was, now = (
+        learning_rate(c.optimizer, step, c.train.steps, c.train.batch_size)
+        for c in (replace(config, train=replace(config.train, steps=steps)), config)
+    )
+    return (
+        f"optimizer.schedule {config.optimizer.schedule} ends at train.steps: the next step's learning rate is "
+        f"{now:.3g}, with {steps} steps it was {was:.3g}"
+    )
