@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 _PLACES = {
+    "InputError": "pixart.errors",
     "PRESETS": "pixart.model",
     "PixArt": "pixart.model",
     "PixArtConfig": "pixart.model",
@@ -13,7 +14,9 @@ _PLACES = {
     "load_model": "pixart.checkpoint.load",
 }
 
-__all__ = ["PRESETS", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "keep_freed_memory", "load_model"]
+__all__ = [
+    "PRESETS", "InputError", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "keep_freed_memory", "load_model",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -104,6 +104,14 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def flatten(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as one level of dotted keys."""
+    flat = {}
+    for key, value in settings.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
 def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 

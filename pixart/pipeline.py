@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -83,8 +84,10 @@ class Pipeline:
             compile: `torch.compile` the network's blocks; pays for many pictures on a GPU.
 
         Raises:
-            InputError: a part is not there, or does not fit the model; says where it was looked for.
+            InputError: the device or a part is not there, or a part does not fit the model; says where it was looked
+                for.
         """
+        _check_device(device)
         if offload_text and quantize_text:
             raise InputError("offload_text and quantize_text: an encoder in 8 or 4 bits cannot be moved; take one")
         fetch_parts(source, revision, text=load_text and text_encoder is None, vae=vae is None)
@@ -112,31 +115,22 @@ class Pipeline:
         return cls(model, card, autoencoder, text, offload_text=offload_text)
 
     def __call__(
-        self,
-        prompts: str | Sequence[str] | None,
-        seeds: int | Sequence[int] = 0,
-        config: SampleConfig | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        aspect_ratio: float | None = None,
-        sizes: Literal["exact", "official"] = "exact",
-        negative_prompts: str | Sequence[str] | None = None,
-        null: Literal["buffer", "empty", "empty_own_mask"] | None = None,
-        images_per_prompt: int = 1,
-        text_embeddings: Embeddings | None = None,
-        batch_size: int = 16,
-        truncate: bool = False,
-        output: Literal["image", "latent", "pixels"] = "image",
-        callback: StepCallback | None = None,
+        self, prompts: str | Sequence[str] | None, seeds: int | Sequence[int] = 0, config: SampleConfig | None = None,
+        *, steps: int | None = None, guidance: float | None = None, sampler: str | None = None,
+        height: int | None = None, width: int | None = None, aspect_ratio: float | None = None,
+        sizes: Literal["exact", "official"] = "exact", negative_prompts: str | Sequence[str] | None = None,
+        null: Literal["buffer", "empty", "empty_own_mask"] | None = None, images_per_prompt: int = 1,
+        text_embeddings: Embeddings | None = None, batch_size: int = 16, truncate: bool = False,
+        output: Literal["image", "latent", "pixels"] = "image", callback: StepCallback | None = None,
         progress: bool | Callable[[int], None] = False,
-    ) -> list[Image.Image] | Tensor:
+    ) -> list[Image.Image] | Tensor:  # fmt: skip
         """Draw `images_per_prompt` pictures of each prompt, those of a prompt side by side.
 
         Args:
             prompts: None with `text_embeddings`, the states and mask of prompts encoded before.
             seeds: one for each picture, or that of each prompt's first picture, whose next ones have the next.
             config: the model's recommendation by default.
+            steps, guidance, sampler: in place of those of `config`.
             height, width: in pixels; the model's native size where not given.
             aspect_ratio: height / width, in place of both: the official size with the nearest ratio.
             sizes: "official" generates in the official size with the nearest ratio, then resizes and crops to what
@@ -149,41 +143,33 @@ class Pipeline:
             callback: called after each step of each batch.
             progress: True shows a bar of steps; a function is called with the number of pictures just done.
         """
-        if output not in ("image", "latent", "pixels"):
-            raise InputError(f"output: got '{output}', expected image, latent or pixels")
-        if images_per_prompt < 1 or batch_size < 1:
-            raise InputError(
-                f"got images_per_prompt {images_per_prompt} and batch_size {batch_size}, expected at least 1"
-            )
         # all that can be refused is refused before the text encoder's work
-        config = resolve(config or self.card.sample, make_schedule(self.card.diffusion))
+        _check_counts(output, images_per_prompt, batch_size)
+        config = self.settings(config, steps=steps, guidance=guidance, sampler=sampler)
         card = with_null_mode(self.card, null)
-        made, wanted = choose_size(card, height=height, width=width, aspect_ratio=aspect_ratio, sizes=sizes)
+        size = choose_size(card, height=height, width=width, aspect_ratio=aspect_ratio, sizes=sizes)
         if (prompts is None) == (text_embeddings is None):
             raise InputError("prompts and text_embeddings: give one or the other")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         count = len(text_embeddings[0] if prompts is None else prompts)
         seeds = _one_each(seeds, count, images_per_prompt)
-        negative_prompts = _negatives(negative_prompts, count, null, config.guidance)
+        negatives = _negatives(negative_prompts, count, null, config.guidance)
 
         captions = self._given(text_embeddings) if prompts is None else self._encode(prompts, truncate, batch_size)
-        if negative_prompts is not None:
-            nulls = self._encode(negative_prompts, truncate, batch_size)
+        if negatives is not None:
+            nulls = self._encode(negatives, truncate, batch_size)
         else:
             nulls = None if config.guidance == 1 else self.null_caption(card.text.null)
-        captions = [caption for caption in captions for _ in range(images_per_prompt)]
-        if isinstance(nulls, list):
-            nulls = [caption for caption in nulls for _ in range(images_per_prompt)]
+        return self._draw(card, captions, nulls, seeds, config, size, batch_size, output, callback, progress)
 
-        batches = [range(i, min(i + batch_size, len(seeds))) for i in range(0, len(seeds), batch_size)]
-        results: list = []
-        with tqdm(total=len(batches) * config.steps, desc="sampling", unit="step", disable=progress is not True) as bar:
-            for part in batches:
-                latents = self._sample(part, card, captions, nulls, seeds, config, made, callback, bar)
-                results += self._finish(latents, wanted, output)
-                if callable(progress):
-                    progress(len(part))
-        return results if output == "image" else torch.stack(results)
+    def settings(
+        self, config: SampleConfig | None = None, *, steps: int | None = None, guidance: float | None = None,
+        sampler: str | None = None,
+    ) -> SampleConfig:  # fmt: skip
+        """With what a call samples: the given ones, else those of `config` or the card, else the sampler's defaults."""
+        given = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        given = {name: value for name, value in given.items() if value is not None}
+        return resolve(replace(config or self.card.sample, **given), make_schedule(self.card.diffusion))
 
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> tuple[list[Tensor], Tensor | None]:
         """Prompts → text states of their real tokens, and the null caption if it is not the model's own."""
@@ -244,6 +230,26 @@ class Pipeline:
             )
         return _real_tokens(states, mask)
 
+    def _draw(
+        self, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None, seeds: list[int],
+        config: SampleConfig, size: tuple[Size, Size], batch_size: int, output: str, callback: StepCallback | None,
+        progress: bool | Callable[[int], None],
+    ) -> list[Image.Image] | Tensor:  # fmt: skip
+        """Pictures in batches: as many of each caption, side by side, as there are seeds for it."""
+        each = len(seeds) // len(captions)
+        captions = [caption for caption in captions for _ in range(each)]
+        if isinstance(nulls, list):
+            nulls = [caption for caption in nulls for _ in range(each)]
+        batches = [range(i, min(i + batch_size, len(seeds))) for i in range(0, len(seeds), batch_size)]
+        results: list = []
+        with tqdm(total=len(batches) * config.steps, desc="sampling", unit="step", disable=progress is not True) as bar:
+            for part in batches:
+                latents = self._sample(part, card, captions, nulls, seeds, config, size[0], callback, bar)
+                results += self._finish(latents, size[1], output)
+                if callable(progress):
+                    progress(len(part))
+        return results if output == "image" else torch.stack(results)
+
     def _sample(
         self, part: range, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None,
         seeds: list[int], config: SampleConfig, size: Size, callback: StepCallback | None, bar: tqdm,
@@ -283,28 +289,22 @@ def fetch_parts(source: str | Path, revision: str | None, *, text: bool, vae: bo
 
 
 def save_samples(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    folder: str | Path,
-    config: SampleConfig | None = None,
-    *,
-    seed: int = 0,
-    count: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    sizes: Literal["exact", "official"] = "exact",
-    negative_prompt: str | None = None,
-    truncate: bool = False,
-    **options,
-) -> list[Path]:
+    pipeline: Pipeline, prompts: Sequence[str], folder: str | Path, config: SampleConfig | None = None, *,
+    steps: int | None = None, guidance: float | None = None, sampler: str | None = None, seed: int = 0, count: int = 1,
+    height: int | None = None, width: int | None = None, sizes: Literal["exact", "official"] = "exact",
+    negative_prompt: str | None = None, truncate: bool = False, **options,
+) -> list[Path]:  # fmt: skip
     """Draw `count` pictures of each prompt, with seeds from `seed` on, into PNGs and a contact sheet in `folder`.
 
     A prompt may end in `--ar h:w` or `--hw height:width`, which goes before the arguments. A PNG's text chunks hold
     prompt, seed, sampler, steps and guidance. `options` are further ones of `Pipeline.__call__`.
+
+    Raises:
+        InputError: as there, or the folder cannot be written, which is tried before anything is drawn.
     """
     if count < 1 or not prompts:
         raise InputError(f"got {len(prompts)} prompts and count {count}, expected at least one of each")
-    config = resolve(config or pipeline.card.sample, make_schedule(pipeline.card.diffusion))
+    config = pipeline.settings(config, steps=steps, guidance=guidance, sampler=sampler)
     parsed = [split_prompt(prompt) for prompt in prompts]
     texts = [text for text, _ in parsed]
     wanted = [size or {"height": height, "width": width} for _, size in parsed]
@@ -312,30 +312,79 @@ def save_samples(
         choose_size(pipeline.card, **size, sizes=sizes)
     if pipeline.text is not None and not truncate:
         pipeline.text.check_lengths(texts)
-    images: dict[int, list[Image.Image]] = {}
-    while left := [i for i in range(len(texts)) if i not in images]:
-        rows = [i for i in left if wanted[i] == wanted[left[0]]]  # a call draws one size
-        made = pipeline(
-            [texts[i] for i in rows], seed, config, **wanted[left[0]], sizes=sizes, negative_prompts=negative_prompt,
-            images_per_prompt=count, truncate=truncate, **options,
-        )  # fmt: skip
-        images |= {i: made[n * count : (n + 1) * count] for n, i in enumerate(rows)}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, images = Path(folder), {}
+    with _results_in(folder):
+        while left := [i for i in range(len(texts)) if i not in images]:
+            rows = [i for i in left if wanted[i] == wanted[left[0]]]  # a call draws one size
+            made = pipeline(
+                [texts[i] for i in rows], seed, config, **wanted[left[0]], sizes=sizes, images_per_prompt=count,
+                negative_prompts=negative_prompt, truncate=truncate, **options,
+            )  # fmt: skip
+            images |= {i: made[n * count : (n + 1) * count] for n, i in enumerate(rows)}
     jobs = [(text, seed + n, images[i][n]) for i, text in enumerate(texts) for n in range(count)]
     settings = {"sampler": config.sampler, "steps": config.steps, "guidance": config.guidance}
     if negative_prompt is not None:
         settings["negative_prompt"] = negative_prompt
+    with _writing(folder):
+        return _write_pictures(folder, jobs, settings)
+
+
+def _write_pictures(folder: Path, jobs: list[tuple[str, int, Image.Image]], settings: dict[str, Any]) -> list[Path]:
+    """A PNG of each prompt, seed and picture, and all of them on the contact sheet → the PNGs."""
     paths = []
-    for i, (text, number, image) in enumerate(jobs):
+    for i, (text, seed, image) in enumerate(jobs):
         info = PngInfo()
-        for key, value in {"prompt": text, "seed": number, **settings}.items():
+        for key, value in {"prompt": text, "seed": seed, **settings}.items():
             info.add_itxt(key, str(value))
         words = re.sub(r"[^\w]+", "-", text).strip("-")[:40]
-        paths.append(folder / f"{i:03d}_{words}_seed{number}.png")
+        paths.append(folder / f"{i:03d}_{words}_seed{seed}.png")
         image.save(paths[-1], pnginfo=info)
     contact_sheet([[image] for *_, image in jobs], [text for text, *_ in jobs]).save(folder / "contact_sheet.png")
     return paths
+
+
+@contextmanager
+def _results_in(folder: Path) -> Iterator[None]:
+    """A folder made and tried before the work that fills it; gone again if that fails."""
+    with _writing(folder):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: another's by now
+            for path in new:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error}); name another folder, or make room there"
+        ) from None
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise InputError(
+            f"device '{device}': torch cannot use it here ({reason}); expected cpu, or a GPU that torch sees, as cuda:0"
+        ) from None
+
+
+def _check_counts(output: str, images_per_prompt: int, batch_size: int) -> None:
+    if output not in ("image", "latent", "pixels"):
+        raise InputError(f"output: got '{output}', expected image, latent or pixels")
+    if images_per_prompt < 1 or batch_size < 1:
+        raise InputError(f"got images_per_prompt {images_per_prompt} and batch_size {batch_size}, expected at least 1")
 
 
 def _one_each(seeds: int | Sequence[int], count: int, each: int) -> list[int]:

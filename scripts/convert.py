@@ -14,7 +14,7 @@ from pixart.model.autoencoder import AutoencoderConfig
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="file, model, run, diffusers folder, or Hub id: owner/name[/file.pth]")
-    parser.add_argument("target", help="a new folder; a new file for official")
+    parser.add_argument("target", help="a new folder; a new .pth file for official")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; the source's own")
     kind = parser.add_mutually_exclusive_group()

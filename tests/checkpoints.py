@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pixart.checkpoint.files import ModelCard, save_model
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
+from pixart.disk import write_folder
 from pixart.model import PixArt
+from toy import tiny_model
 
 HEADS = {"num_heads": 4}  # of the tiny models: no file tells it, 48 being no preset's width
 
@@ -23,6 +27,18 @@ def official(model: PixArt, *, table: bool = True) -> dict[str, Tensor]:
 def save_official(path: Path, model: PixArt, **options) -> Path:
     torch.save({"state_dict": official(model, **options)}, path)
     return path
+
+
+def save_run(run: Path, steps: list[int]) -> Path:
+    """A run of ours with whole checkpoints: averaged weights of seed `step`, raw ones of seed 1000 + `step`."""
+
+    def fill(folder: Path, step: int) -> None:
+        for kind, model in (("ema", tiny_model(seed=step)), ("model", tiny_model(seed=1000 + step))):
+            save_model(folder / kind, model.state_dict(), ModelCard(model.config))
+
+    for step in steps:
+        write_folder(run / "checkpoints" / f"step_{step:08d}", partial(fill, step=step))
+    return run
 
 
 def in_diffusers(model: PixArt, **settings):

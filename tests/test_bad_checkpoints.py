@@ -1,18 +1,29 @@
 """Broken and foreign inputs: each is one `InputError` that says what it is and what to do."""
 
+import argparse
 import builtins
+import datetime
 import json
 import os
 import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import HEADS, edit_json, in_diffusers, official, put_in_hub_cache, save_official
+from checkpoints import HEADS, assert_same_weights, edit_json, in_diffusers, official, put_in_hub_cache, save_official
+from pixart.checkpoint.describe import describe
+from pixart.checkpoint.files import ModelCard, save_model
 from pixart.checkpoint.load import load_model
 from pixart.errors import InputError
 from toy import tiny_model
+
+ROOT = Path(__file__).parent.parent
 
 
 class Bomb:
@@ -99,9 +110,31 @@ def test_a_pickle_that_would_run_code(form, model, tmp_path):
     assert not proof.exists()
 
 
-def test_a_pickled_network_or_namespace(model, tmp_path):
-    torch.save(model, tmp_path / "x.pth")
-    refuse(tmp_path / "x.pth", r"would run code: its pickle calls pixart\.model\.pixart\.PixArt")
+@pytest.mark.parametrize("form", ["sections", "dit", "one section", "bare", "network", "networks", "old network"])
+def test_the_command_that_a_refused_pickle_is_answered_with_takes_its_weights_out(form, tmp_path, monkeypatch):
+    raw, averaged = tiny_model(seed=0), tiny_model(seed=1)
+    today = datetime.date(2026, 1, 1)  # which a pickle can only make by a call
+    payload = {
+        "sections": {"state_dict": official(raw), "state_dict_ema": official(averaged), "ema": 0.9, "date": today},
+        "dit": {"model": official(raw), "ema": official(averaged), "args": argparse.Namespace(date=today)},
+        "one section": {"state_dict": official(averaged), "state_dict_ema": None, "date": today},
+        "bare": {**official(averaged), "date": today},
+        "network": averaged,
+        "networks": {"model": raw, "ema": averaged, "epoch": 3},
+        "old network": averaged,
+    }[form]
+    path = tmp_path / "it's $5.pth"
+    torch.save(payload, path, _use_new_zipfile_serialization=form != "old network")
+    calls = r"pixart\.model\.pixart\.PixArt" if "network" in form else r"datetime\.date"
+    message = refuse(path, f"loading it would run code: its pickle calls {calls}")
+    made, command = re.search(r" into (.*), in an environment you can lose: (python -c .*)$", message).groups()
+    monkeypatch.chdir(tmp_path)
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    told = {**HEADS, **({"latent_size": 8, "position_scale": 1.0} if "network" in form else {})}
+    assert_same_weights(load_model(made, overrides=told), averaged)
+    if form in ("sections", "dit", "networks"):
+        assert_same_weights(load_model(made, ema=False, overrides=told), raw)
 
 
 def test_no_permission(model, tmp_path, monkeypatch):
@@ -201,11 +234,18 @@ def test_an_unknown_hub_id_offline(model, tmp_path, monkeypatch):
         ({"encoder.down_blocks.0.resnets.0.conv1.weight": 1, "quant_conv.weight": 1}, "this is a VAE, not a PixArt"),
         ({"shared.weight": 1, "encoder.block.0.layer.0.SelfAttention.q.weight": 1}, "a T5 text encoder"),
         ({"double_blocks.0.img_attn.qkv.weight": 1}, "another kind of transformer"),
+        ({"t5.encoder.block.0.layer.0.q.weight": 1, "t5.ids": 1}, "a T5 text encoder"),
         ({"something.weight": 1}, "not a PixArt; its tensors are something.weight and 0 more"),
     ],
 )
 def test_a_file_of_another_network(state, match, tmp_path):
-    refuse(save(tmp_path / "x.pth", {name: torch.zeros(2, 2) for name in state}), match)
+    refuse(
+        save(
+            tmp_path / "x.pth",
+            {name: torch.zeros(2, 2, dtype=torch.int64 if name.endswith("ids") else None) for name in state},
+        ),
+        match,
+    )
 
 
 def test_lora_matrices_beside_the_base_are_not_dropped(model, tmp_path):
@@ -304,10 +344,41 @@ def test_mixed_dtypes(model, tmp_path):
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
 
 
-def test_quantised_weights(model, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_quantised_matrix(dtype, model, tmp_path):
     state = {**official(model), "t_block.1.weight": torch.zeros(288, 48, dtype=torch.int8)}
-    refuse(save(tmp_path / "x.pth", state), "t_block.1.weight holds int8.*quantised", overrides=HEADS,
-           dtype=torch.float32)  # fmt: skip
+    refuse(save(tmp_path / "x.pth", state), "t_block.1.weight holds int8.*quantised", overrides=HEADS, dtype=dtype)
+
+
+@pytest.mark.parametrize("quantised", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("form", ["official", "diffusers", "ours"])
+def test_quantised_weights(form, quantised, model, tmp_path):
+    """All of them, the position table too, as ComfyUI's users have them."""
+    path, told = tmp_path / "x.safetensors", HEADS
+    if form == "official":
+        state = official(model)
+    elif form == "diffusers":
+        in_diffusers(model).save_pretrained(tmp_path)
+        state, path, told = in_diffusers(model).state_dict(), tmp_path / "diffusion_pytorch_model.safetensors", None
+    else:
+        save_model(tmp_path, model.state_dict(), ModelCard(model.config))
+        state, path, told = model.state_dict(), tmp_path / "model.safetensors", None
+    save_file({name: tensor.to(quantised) for name, tensor in state.items()}, path)
+    match = rf"holds {str(quantised).removeprefix('torch.')}, expected float32, .*; quantised weights are not supported"
+    for dtype in (None, torch.float32):
+        refuse(path, match, overrides=told, dtype=dtype)
+    text = describe(path, overrides=told)
+    assert re.search(rf"^refused           load: .*{match}", text, re.MULTILINE), text
+    assert f"dtype             {str(quantised).removeprefix('torch.')} ({len(state)} tensors)" in text
+    assert f"NaNs              none; {len(state)} quantised tensors were not looked at" in text
+    assert form == "ours" or f"format            {form}" in text
+
+
+def test_quantised_weights_in_packed_shapes(model, tmp_path):
+    state = {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8) for name, tensor in official(model).items()}
+    path = save(tmp_path / "x.pth", state)
+    refuse(path, "holds uint8.*quantised", overrides=HEADS)
+    assert "quantised weights are not supported" in describe(path, overrides=HEADS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -332,6 +403,12 @@ def test_names_that_are_twice_there_without_their_prefixes(model, tmp_path):
     state = official(model)
     state["module.t_block.1.bias"] = state["t_block.1.bias"] + 1
     refuse(save(tmp_path / "x.pth", state), r"t_block\.1\.bias and module\.t_block\.1\.bias are both t_block\.1\.bias")
+
+
+def test_two_networks_under_their_own_prefixes(model, tmp_path):
+    state = {prefix + name: tensor for prefix in ("teacher.", "student.") for name, tensor in official(model).items()}
+    match = r"teacher\.pos_embed and student\.pos_embed are both pos_embed without their prefixes; keep one"
+    refuse(save(tmp_path / "x.pth", state), match, overrides=HEADS)
 
 
 def test_wrong_overrides(model, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pixart
 from pixart import cli
 from pixart.errors import InputError
 from pixart.grid import contact_sheet
@@ -30,6 +31,11 @@ def test_run_exits_with_what_main_returns(capsys):
 def test_wrong_input_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     monkeypatch.delenv("PIXART_TRACEBACK", raising=False)
     assert outcome(failing(InputError("no such thing")), capsys) == (2, "error: no such thing\n")
+
+
+def test_a_library_caller_finds_the_error_where_the_rest_is():
+    assert pixart.InputError is InputError
+    assert "InputError" in dir(pixart)
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):

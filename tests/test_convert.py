@@ -1,14 +1,15 @@
 """Models through every format and back, bit for bit; and what we write runs in diffusers."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import HEADS, assert_same_weights, in_diffusers, official, save_official
+from checkpoints import HEADS, assert_same_weights, edit_json, in_diffusers, official, save_official
 from pixart.checkpoint.cards import implied_card
 from pixart.checkpoint.describe import describe
 from pixart.checkpoint.detect import Evidence
@@ -18,10 +19,13 @@ from pixart.checkpoint.load import load_model, load_with_card
 from pixart.checkpoint.locate import Found
 from pixart.checkpoint.save import save
 from pixart.checkpoint.weights import Weights
+from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
+from pixart.model import PRESETS, PixArtConfig
 from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.text import TextConfig
+from pixart.pipeline import Pipeline
 from runs import run_script
 from test_model_diffusers import run
 from test_model_golden import GOLDEN
@@ -140,6 +144,73 @@ def test_a_side_file_that_contradicts_the_config_is_refused(tmp_path):
         load_model(tmp_path / "d")
 
 
+# what the authors' two converters and diffusers' older script write: sample_size, interpolation_scale,
+# use_additional_conditions, the pipeline's class where there is one → the released model
+RELEASED = [
+    ((32, 1, False, None), "alpha-256"), ((64, 1, False, "Alpha"), "alpha-512"), ((128, 2, True, None), "alpha-1024"),
+    ((32, None, None, None), "alpha-256"), ((64, None, None, None), "alpha-512"),
+    ((128, None, None, None), "alpha-1024"), ((32, 0.5, False, None), "sigma-256"),
+    ((64, 1, False, "Sigma"), "sigma-512"), ((128, 2, False, None), "sigma-1024"), ((256, 4, False, None), "sigma-2k"),
+]  # fmt: skip
+
+
+def write_transformer(folder: Path, size: int, scale: float | None, micro: bool | None, kind: str | None = None):
+    """A transformer's folder as converters write it, in a pipeline's of that kind if there is one → our network."""
+    model = tiny_model(latent_size=size, position_scale=scale or max(size // 64, 1),
+                       micro_conditions=size == 128 if micro is None else micro)  # fmt: skip
+    in_diffusers(model).save_pretrained(folder / "transformer")
+    edit_json(folder / "transformer" / "config.json", interpolation_scale=scale, use_additional_conditions=micro)
+    if kind:
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": f"PixArt{kind}Pipeline"}))
+    return model
+
+
+@pytest.mark.parametrize(("settings", "preset"), RELEASED)
+def test_every_released_transformer_of_diffusers_is_read_as_what_it_is(settings, preset, tmp_path):
+    model, expected = write_transformer(tmp_path, *settings), PRESETS[preset]
+    loaded, card = load_with_card(tmp_path / "transformer")
+    released = {name: getattr(expected, name) for name in ("latent_size", "position_scale", "caption_length",
+                                                           "micro_conditions")}  # fmt: skip
+    assert loaded.config == replace(model.config, **released)
+    sigma = preset.startswith("sigma")
+    assert (card.vae.scale, card.text.length, card.text.clean) == ((0.13025, 300, False) if sigma else
+                                                                   (0.18215, 120, True))  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [(64, 1, False), (64, None, False), (32, None, False), (32, 2, False)])
+def test_a_transformer_of_diffusers_that_may_be_alpha_or_sigma_is_not_guessed(settings, tmp_path):
+    write_transformer(tmp_path, *settings)
+    with pytest.raises(InputError, match=r"cannot tell caption_length .*120 for PixArt-α, 300 for PixArt-Σ.*--set"):
+        load_model(tmp_path / "transformer")
+    for length, scale in ((120, 0.18215), (300, 0.13025)):
+        told = {"caption_length": length}
+        if settings == (32, None, False) and length == 300:
+            with pytest.raises(InputError, match=r"PixArt-Σ at 256 px was trained with 0.5: pass the right one"):
+                load_model(tmp_path / "transformer", overrides=told)
+            told["position_scale"] = 0.5
+        loaded, card = load_with_card(tmp_path / "transformer", overrides=told)
+        assert (loaded.config.caption_length, card.text.length, card.vae.scale) == (length, length, scale)
+
+
+@pytest.mark.parametrize(("name", "length"), [("PixArt-Sigma-XL-2-512-MS", 300), ("PixArt-XL-2-512x512", 120)])
+def test_the_authors_own_repositories_need_not_tell(name, length, tmp_path, monkeypatch):
+    write_transformer(tmp_path / "PixArt-alpha" / name, 64, 1, False)
+    monkeypatch.chdir(tmp_path)
+    assert load_model(f"PixArt-alpha/{name}").config.caption_length == length
+    assert load_model(f"PixArt-alpha/{name}/transformer").config.caption_length == length
+
+
+@pytest.mark.parametrize("length", [120, 300])
+def test_a_null_caption_or_a_card_tells_alpha_from_sigma(length, tmp_path):
+    model = tiny_model(latent_size=64, caption_length=length)
+    save(model, card_of(model), tmp_path / "d", "diffusers")
+    for side in ("pixart.json", "null_caption.safetensors"):
+        shutil.copytree(tmp_path / "d", tmp_path / side)
+        (tmp_path / side / side).unlink()
+        loaded, card = load_with_card(tmp_path / side)
+        assert (loaded.config, card.vae) == (model.config, card_of(model).vae)
+
+
 @pytest.mark.parametrize(
     ("changes", "format", "match"),
     [
@@ -153,6 +224,30 @@ def test_what_diffusers_cannot_express_is_refused(changes, format, match, tmp_pa
     model = tiny_model(**changes)
     with pytest.raises(InputError, match=match):
         save(model, card_of(model), tmp_path / "d", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["diffusers", "diffusers-pipeline"])
+def test_a_new_idea_is_not_exported_as_an_ordinary_pixart(format, tmp_path):
+    @dataclass(frozen=True)
+    class WithIdeas(PixArtConfig):
+        rope: bool = False
+        registers: int = 0
+        kept: str = "as it is"
+
+    model = tiny_model(kv_ratio=4)  # without key compression it means nothing
+    model.config = WithIdeas(**asdict(model.config), rope=True, registers=4)
+    with pytest.raises(InputError, match="diffusers' PixArt has no rope, registers 4; use --to ours or official"):
+        save(model, card_of(model), tmp_path / "d", format)
+    assert list(tmp_path.iterdir()) == []
+    model.config = replace(model.config, rope=False, registers=0)
+    save(model, card_of(model), tmp_path / "d", "diffusers")
+
+
+def test_an_official_file_is_never_named_as_safetensors(tmp_path):
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"x.safetensors: .*name it x.pth, or use --to ours or diffusers"):
+        save(model, card_of(model), tmp_path / "x.safetensors", "official")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,8 +295,6 @@ def test_a_write_that_fails_leaves_nothing(format, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> tuple[Path, Path]:
     """A tiny VAE, and a tiny T5 with the real tokenizer."""
-    import shutil
-
     import transformers
 
     folder = tmp_path_factory.mktemp("parts")
@@ -248,15 +341,42 @@ def test_a_written_pipeline_runs_in_diffusers(kind, changes, parts, tmp_path):
     # and comes back
     again, found = load_with_card(tmp_path / "p")
     assert_same_weights(again, model)
-    assert found == card
+    own = {"vae": replace(card.vae, source=str(tmp_path / "p" / "vae")),
+           "text": replace(card.text, model=str(tmp_path / "p" / "text_encoder"))}  # fmt: skip
+    assert found == replace(card, **own)
     (tmp_path / "p" / "transformer" / "pixart.json").unlink()
     found = load_with_card(tmp_path / "p")[1]
-    assert found.vae == AutoencoderConfig("kl", str(tmp_path / "p" / "vae"), 0.18215)
-    assert found.text.model == str(tmp_path / "p" / "text_encoder")
+    assert found.vae == own["vae"]
+    assert found.text.model == own["text"].model
     assert found.text.length == changes["caption_length"]
     # and its parts serve for another export
     save(again, found, tmp_path / "q", "diffusers-pipeline")
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "q")).__name__ == f"PixArt{kind}Pipeline"
+
+
+@needs_t5
+def test_a_written_pipeline_draws_with_its_own_parts_wherever_it_lies(parts, tmp_path, monkeypatch):
+    model = tiny_model(caption_length=300)
+    for part in parts:
+        shutil.copytree(part, tmp_path / "made" / part.name)
+    monkeypatch.chdir(tmp_path / "made")
+    card = card_of(model, vae=AutoencoderConfig("kl", "vae", 0.18215), text=TextConfig("t5", 300, clean=False))
+    save(model, card, "p", "diffusers-pipeline")
+    expected = Pipeline(model, card, Pipeline.from_pretrained("p").autoencoder, None)
+    embeddings = torch.randn(1, 3, 16), torch.ones(1, 3)
+    shutil.move("p", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("made")
+    pipeline = Pipeline.from_pretrained(tmp_path / "moved")
+    assert pipeline.card.vae == AutoencoderConfig("kl", str(tmp_path / "moved" / "vae"), 0.18215)
+    assert pipeline.card.text == replace(card.text, model=str(tmp_path / "moved" / "text_encoder"))
+    pictures = [p(None, text_embeddings=embeddings, output="pixels") for p in (pipeline, expected)]
+    assert relative(*pictures) <= 1e-6
+    assert len(pipeline("a red fox", config=SampleConfig(steps=2))) == 1
+    # another VAE put in its place is not taken for the model's
+    edit_json(tmp_path / "moved" / "vae" / "config.json", scaling_factor=0.5)
+    with pytest.raises(InputError, match=r"has scaling factor 0.5, vae.scale is 0.18215"):
+        Pipeline.from_pretrained(tmp_path / "moved")
 
 
 @needs_t5

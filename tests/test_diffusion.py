@@ -248,11 +248,31 @@ def test_every_sampler_runs_by_name_and_reports_each_step(name):
         ({"eta": 0.5}, False, "no option 'eta'"),
         ({"shift": 3.0}, False, "no option 'shift'"),
         ({"ending": "alpha"}, True, "no option 'ending'"),
+        ({"sampler": "dpm"}, False, "sampler: got 'dpm', expected auto, dpm_solver, iddpm"),
+        ({"steps": 1}, False, "'dpm_solver': got 1 steps, expected at least 2, its order; or set order to 1 too"),
+        ({"steps": 2, "order": 3}, False, "got 2 steps, expected at least 3, its order"),
+        ({"sampler": "ddim", "steps": 1}, False, "sampler 'ddim': got 1 steps, expected 2 to 1000"),
+        ({"sampler": "iddpm", "steps": 1001}, False, "sampler 'iddpm': got 1001 steps, expected 2 to 1000"),
+        ({"sampler": "lcm", "steps": 51}, False, "sampler 'lcm': got 51 steps, expected 1 to 50"),
+        ({"sampler": "dmd", "steps": 2}, False, "sampler 'dmd': got 2 steps, it has one"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_refused(config, flow, match):
     with pytest.raises(InputError, match=match):
         resolve(SampleConfig(**config), FLOW if flow else LINEAR)
+
+
+@pytest.mark.parametrize(("name", "steps"), [
+    ("dpm_solver", 2), ("iddpm", 2), ("ddim", 1000), ("sa_solver", 1), ("lcm", 50), ("dmd", 1), ("euler", 1),
+    ("heun", 1),
+])  # fmt: skip
+def test_what_resolve_lets_through_a_sampler_takes(name, steps):
+    flow = name in ("euler", "heun")
+    diffusion = DiffusionConfig("flow", "velocity") if flow else DiffusionConfig()
+    schedule = make_schedule(diffusion)
+    config = resolve(SampleConfig(sampler=name, steps=steps), schedule)
+    denoise = make_denoise(lambda x, t: x * 0.5, schedule, diffusion)
+    assert torch.isfinite(sample(denoise, draw(0), schedule, config, [torch.Generator() for _ in range(4)])).all()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """Every PixArt in circulation loads, with the config that its files tell."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import pixart
 from checkpoints import (
@@ -20,8 +21,12 @@ from checkpoints import (
     official,
     put_in_hub_cache,
     save_official,
+    save_run,
 )  # fmt: skip
+from pixart.checkpoint import describe as describe_module
+from pixart.checkpoint.describe import describe
 from pixart.checkpoint.detect import solve_positions
+from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.load import load_model, load_with_card, make_plan
 from pixart.checkpoint.locate import Found
 from pixart.checkpoint.weights import Weights
@@ -156,7 +161,11 @@ def test_the_network_is_read_off_names_and_shapes(changes, tmp_path):
 # training checkpoints
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "base_model.", "module._orig_mod.", "model.module."])
+PREFIXES = ["", "module.", "_orig_mod.", "base_model.", "module._orig_mod.", "model.module.", "transformer.",
+            "model.diffusion_model.", "net.of.ours."]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_training_checkpoint_gives_its_averaged_or_raw_weights(prefix, tmp_path):
     raw, averaged = tiny_model(seed=0), tiny_model(seed=1)
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 2e-5, "params": [0]}]}
@@ -179,6 +188,30 @@ def test_prefixes_inside_a_name_go_too(tmp_path):
     torch.save(state, tmp_path / "x.pth")
     loaded = load_model(tmp_path / "x.pth", overrides={**HEADS, "latent_size": 8, "position_scale": 1.0})
     assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "model.diffusion_model."])
+def test_prefixes_in_front_of_the_names_of_diffusers_go_too(prefix, tmp_path):
+    """In shards, of which one alone holds the layer that the prefix is told by."""
+    model = tiny_model()
+    in_diffusers(model).save_pretrained(tmp_path, max_shard_size="100KB")
+    for shard in tmp_path.glob("*-of-*.safetensors"):
+        save_file({prefix + name: tensor for name, tensor in load_file(shard).items()}, shard)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={prefix + name: shard for name, shard in where.items()})
+    loaded = load_model(tmp_path, overrides={"caption_length": 12})
+    assert_same_weights(loaded, model, null=False)
+
+
+def test_a_checkpoint_with_the_arguments_of_its_script_loads(tmp_path):
+    """DiT's training code, and many after it, put the argparse.Namespace in; it is data alone."""
+    raw, averaged = tiny_model(seed=0), tiny_model(seed=1)
+    arguments = argparse.Namespace(lr=1e-4, image_size=256, ckpt=None, betas=(0.9, 0.999))
+    payload = {"model": official(raw), "ema": official(averaged), "opt": {"state": {}}, "args": arguments}
+    torch.save(payload, tmp_path / "0400000.pt")
+    assert_same_weights(load_model(tmp_path / "0400000.pt", overrides=HEADS), averaged)
+    assert_same_weights(load_model(tmp_path / "0400000.pt", ema=False, overrides=HEADS), raw)
 
 
 def test_a_file_with_averaged_weights_only_has_no_raw_ones(tmp_path):
@@ -328,6 +361,28 @@ def test_training_a_loaded_model_leaves_its_file_alone(form, tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("form", ["zip", "old", "bin"])
+def test_a_model_can_be_saved_over_the_file_that_it_came_from(form, tmp_path):
+    """In a process of its own, which a map of a file cut short would kill."""
+    model, source, told = tiny_model(), tmp_path / "x.pth", HEADS
+    if form == "bin":
+        in_diffusers(model).save_pretrained(tmp_path / "d", safe_serialization=False)
+        source, told = tmp_path / "d", {"caption_length": 12}
+        path = tmp_path / "d" / "diffusion_pytorch_model.bin"
+    else:
+        path = source
+        torch.save({"state_dict": official(model)}, path, _use_new_zipfile_serialization=form == "zip")
+    code = (
+        "import torch, pixart\n"
+        f"model = pixart.load_model({str(source)!r}, overrides={told})\n"
+        f"torch.save({{'state_dict': model.state_dict()}}, {str(path)!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    (tmp_path / "d" / CONFIG).unlink(missing_ok=True)  # now in our names
+    again = load_model(path, overrides={**HEADS, "latent_size": 8, "position_scale": 1.0})
+    assert_same_weights(again, model, null=form != "bin")
+
+
 def test_importing_pixart_does_not_import_torch():
     code = "import sys, pixart; assert 'torch' not in sys.modules; pixart.load_model; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -366,3 +421,101 @@ def test_a_load_holds_each_weight_once(form, dtype, tmp_path):
     # a cast holds, besides the result, what a group was copied from: two bytes read per byte kept
     allowed = 1.2 * size + (2 * (8 << 20) if dtype else 0)
     assert peak <= allowed, peak / size
+
+
+# folders and paths
+
+
+def test_a_home_directory_is_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_model()
+    save_official(tmp_path / "x.pth", model)
+    assert_same_weights(load_model("~/x.pth", overrides=HEADS), model)
+    with pytest.raises(InputError, match=r"no model at ~/y\.pth: no such file"):
+        load_model("~/y.pth")
+    with pytest.raises(InputError, match=r"no model at ~nobody_of_that_name/y\.pth: no such file"):
+        load_model("~nobody_of_that_name/y.pth")
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/checkpoints/", "."])
+def test_the_folder_of_a_runs_checkpoints_means_the_newest_good_one(place, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path if place != "." else save_run(run, [2, 4, 6]) / "checkpoints")
+    if place != ".":
+        save_run(run, [2, 4, 6])
+    (run / "checkpoints" / "step_00000006" / "ema" / CONFIG).write_text("{}")
+    assert_same_weights(load_model(place), tiny_model(seed=4))
+    assert_same_weights(load_model(place, ema=False), tiny_model(seed=1004))
+    assert "step_00000006 is damaged" in capsys.readouterr().out
+
+
+# descriptions
+
+
+def described(source, **options) -> dict[str, str]:
+    options = options if Path(source).is_dir() else {"overrides": HEADS, **options}
+    return {line[:18].strip(): line[18:] for line in describe(source, **options).splitlines()}
+
+
+def test_a_description_says_which_weights_of_a_file_it_is_of(tmp_path):
+    path = tmp_path / "x.pth"
+    raw, averaged = official(tiny_model(seed=0)), official(tiny_model(seed=1))
+    raw["t_block.1.bias"][0] = float("nan")
+    torch.save({"state_dict": raw, "state_dict_ema": averaged, "epoch": 3}, path)
+    assert described(path)["weights"] == "state_dict_ema (also there: state_dict)"
+    assert described(path)["NaNs"] == "none"
+    assert described(path, ema=False)["weights"] == "state_dict (also there: state_dict_ema)"
+    assert described(path, ema=False)["NaNs"] == "in 1 tensors: t_block.1.bias"
+    torch.save({"state_dict": averaged}, path)
+    assert described(path)["weights"] == "state_dict"
+    torch.save(averaged, path)
+    assert "weights" not in described(path)
+
+
+def test_a_description_says_which_weights_of_a_run_it_is_of(tmp_path, monkeypatch):
+    run = save_run(tmp_path / "run", [2, 4])
+    newest, first = run / "checkpoints" / "step_00000004", run / "checkpoints" / "step_00000002"
+    assert described(run)["weights"] == "step_00000004/ema (also there: step_00000004/model)"
+    assert described(run, ema=False)["weights"] == "step_00000004/model (also there: step_00000004/ema)"
+    for source in (first, first / "ema"):
+        assert described(source)["weights"] == "step_00000002/ema (also there: step_00000002/model)"
+    monkeypatch.chdir(newest / "model")
+    assert described(".")["weights"] == "step_00000004/model (also there: step_00000004/ema)"
+    save_model(tmp_path / "model", tiny_model().state_dict(), ModelCard(tiny_model().config))
+    assert "weights" not in described(tmp_path / "model")
+
+
+def test_every_setting_of_a_network_shows_in_its_description(tmp_path):
+    def facts(**changes) -> dict[str, str]:
+        model = tiny_model(**{"kv_compression": "conv", "kv_blocks": (1,), **changes})
+        name = "_".join(changes) or "plain"
+        save_model(tmp_path / name, model.state_dict(), ModelCard(model.config))
+        lines = described(tmp_path / name)
+        return {key: lines[key] for key in lines if key not in ("dtype", "parameters", "refused")}  # follow from others
+
+    plain = facts()
+    assert "other settings" not in plain
+    for field in fields(PixArtConfig):
+        value = getattr(tiny_model().config, field.name)
+        other = {"kv_compression": "uniform", "kv_blocks": (0,)}.get(field.name)
+        if other is None:
+            other = not value if isinstance(value, bool) else 2 * value
+        assert facts(**{field.name: other}) != plain, field.name
+    assert facts(mlp_ratio=2.0, in_channels=8)["other settings"] == "mlp_ratio 2.0, in_channels 8"
+
+
+def test_a_setting_that_is_new_shows_in_a_description_too(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Roped(PixArtConfig):
+        rope: bool = False
+
+    def plan_roped(*arguments):
+        plan = make_plan(*arguments)
+        return replace(plan, card=replace(plan.card, model=Roped(**asdict(plan.card.model), rope=rope)))
+
+    path = save_official(tmp_path / "x.pth", tiny_model())
+    monkeypatch.setattr(describe_module, "make_plan", plan_roped)
+    rope = True
+    assert described(path)["other settings"] == "rope True"
+    rope = False
+    assert "other settings" not in described(path)

@@ -435,12 +435,32 @@ def test_resizing_covers_and_cuts_as_diffusers_does():
         ({"sizes": "near"}, "sizes: got 'near'"),
         ({"images_per_prompt": 0}, "expected at least 1"),
         ({"prompts": []}, "got no prompt"),
+        ({"steps": 1}, "got 1 steps, expected at least 2, its order"),
+        ({"steps": 0}, "sample.steps: got 0"),
+        ({"sampler": "ddmi"}, "sampler: got 'ddmi', expected auto, dpm_solver"),
+        ({"config": SampleConfig(eta=1.0, sampler="ddim"), "sampler": "heun"}, "does not fit this model's schedule"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_encoded(pipeline, monkeypatch, options, match):
     monkeypatch.setattr(pipeline.text, "encode", None)
     with pytest.raises(InputError, match=match):
         pipeline(**{"prompts": "a", **options})
+
+
+def test_steps_guidance_and_sampler_given_by_name_replace_those_of_the_config_and_the_card(pipeline):
+    def draw(*config, **options):
+        return pipeline("a fox", 4, *config, output="latent", **options)
+
+    steps = pipeline.card.sample.steps
+    assert torch.equal(draw(), draw(steps=steps, guidance=4.5, sampler="dpm_solver"))
+    assert torch.equal(draw(steps=5), draw(SampleConfig(steps=5)))
+    assert torch.equal(draw(guidance=3), draw(SampleConfig(steps=steps, guidance=3.0)))
+    base = SampleConfig("ddim", 6, guidance=2.0, eta=0.5)
+    assert torch.equal(draw(base, steps=4, guidance=1), draw(SampleConfig("ddim", 4, guidance=1.0, eta=0.5)))
+    assert torch.equal(draw(sampler="iddpm"), draw(SampleConfig("iddpm", steps)))
+    for name in ("seed", "step", "eta"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            pipeline("a fox", **{name: 1})
 
 
 def test_distilled_samplers_call_the_network_once_a_step_without_guidance(pipeline):
@@ -497,6 +517,42 @@ def test_samples_of_several_sizes_stand_in_the_prompts_order(pipeline, tmp_path)
                               "negative_prompt": "blurry"}  # fmt: skip
     alone = pipeline("c", 4, SampleConfig(steps=2), height=10, width=6, negative_prompts="blurry")[0]
     assert max(abs(a - b) for a, b in zip(alone.tobytes(), opened[7].tobytes(), strict=True)) <= 1
+
+
+def test_a_folder_that_cannot_be_written_costs_no_picture(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.text, "encode", None)
+        for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(InputError, match=f"{folder}: cannot be written .*name another folder"):
+                save_samples(pipeline, ["two"], folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(InputError, match=r"x: cannot be written \(No space left\)"):
+        save_samples(pipeline, ["two"], tmp_path / "x", steps=2)
+
+
+def test_what_is_refused_leaves_no_folder_behind_and_a_folder_with_files_as_it_was(pipeline, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    for folder in (tmp_path / "a" / "b", tmp_path / "mine", tmp_path / "mine" / "c"):
+        with pytest.raises(InputError, match="batch_size 0"):
+            save_samples(pipeline, ["two"], folder, batch_size=0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+
+
+def test_a_file_says_with_what_it_was_drawn_wherever_that_was_given(pipeline, tmp_path):
+    config = SampleConfig(steps=3, guidance=2.0)
+    path = save_samples(pipeline, ["two"], tmp_path, config, steps=2, guidance=3.0, sampler="ddim")[0]
+    opened = Image.open(path)
+    assert [opened.text[key] for key in ("sampler", "steps", "guidance")] == ["ddim", "2", "3.0"]
+    assert pipeline("two", 0, SampleConfig("ddim", 2, guidance=3.0))[0].tobytes() == opened.tobytes()
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded():
+    for device in ("cuda:99", torch.device("cuda", 99), "gpu"):
+        with pytest.raises(InputError, match=rf"device '{device}': torch cannot use it here \(.*\); expected cpu"):
+            Pipeline.from_pretrained("/nowhere", device=device)
 
 
 def run_sample(monkeypatch, *arguments) -> int | None:

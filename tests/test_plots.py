@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from pixart.errors import InputError
-from pixart.evaluate.plots import _names, plot_runs, read_curves, smooth
-from runs import run_script
+from pixart.evaluate.plots import name_runs, plot_runs, read_curves, smooth
+from runs import run_script, settings, write
 
 
 def make_run(folder: Path, rows: list[dict], tail: str = "") -> Path:
@@ -44,6 +44,16 @@ def test_curves_are_the_rows_and_a_torn_last_line_is_left_out(tmp_path):
     assert read_curves(run) == {"loss": ([1, 2], [2.0, 1.0])}
 
 
+def test_the_x_axis_is_interpolated_where_a_row_has_no_place(tmp_path):
+    rows = [{"step": 10, "loss": 3.0, "images": 40, "gpu_hours": 0.5}, {"step": 15, "validation_error": 2.0},
+            {"step": 20, "loss": 1.0, "images": 80, "gpu_hours": 0.7}]  # fmt: skip
+    run = make_run(tmp_path / "a", rows)
+    assert read_curves(run, "images") == {"loss": ([40, 80], [3, 1]), "validation_error": ([60], [2])}
+    assert read_curves(run, "gpu_hours")["validation_error"] == ([pytest.approx(0.6)], [2])
+    with pytest.raises(InputError, match="x: got 'time', expected one of step, images, gpu_hours"):
+        plot_runs([run], tmp_path / "p.png", x="time")
+
+
 @pytest.mark.parametrize("log_x", [False, True])
 def test_runs_of_different_kinds_are_drawn_into_one_png(tmp_path, log_x):
     pytest.importorskip("matplotlib")
@@ -54,11 +64,11 @@ def test_runs_of_different_kinds_are_drawn_into_one_png(tmp_path, log_x):
         assert (abs(image.astype(int) - colour).max(1) < 8).sum() > 200
 
 
-def test_names_are_the_shortest_that_tell_runs_apart():
-    assert _names(["runs/a", "runs/b/"]) == ["a", "b"]
-    assert _names(["x/a", "y/a"]) == ["x/a", "y/a"]
+def testname_runs_are_the_shortest_that_tell_runs_apart():
+    assert name_runs(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert name_runs(["x/a", "y/a"]) == ["x/a", "y/a"]
     with pytest.raises(InputError, match="named twice"):
-        _names(["x/a", "x/../x/a"])
+        name_runs(["x/a", "x/../x/a"])
 
 
 def test_wrong_input_is_one_line(tmp_path, monkeypatch):
@@ -81,8 +91,10 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch):
 def test_the_command_draws_and_refuses(tmp_path):
     pytest.importorskip("matplotlib")
     run = make_run(tmp_path / "run", logged(40))
+    write(run / "config.yaml", settings(run, tmp_path, tmp_path))
     done = run_script("plot", run, "--output", tmp_path / "p.png", "--log-x")
     assert done.returncode == 0, done.stderr
+    assert "| run | parameters |" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 5000
     failed = run_script("plot", tmp_path)
     assert failed.returncode == 2

@@ -214,6 +214,10 @@ def test_a_damaged_model_is_refused(tmp_path, text_encoder, damage, match):
         (["--model", "MODEL", "x", "--set", "sampler=heun"], "does not fit this model's schedule"),
         (["--model", "MODEL", "x", "--set", "stepz=3"], "did you mean 'steps'?"),
         (["--model", "MODEL", "--prompt-file", "/nowhere.txt"], "prompt file /nowhere.txt"),
+        (["--model", "MODEL", "x", "--set", "steps=1"], "got 1 steps, expected at least 2, its order"),
+        (["--model", "MODEL", "x", "--out", "MODEL/config.json/a"], "config.json/a: cannot be written (Not a"),
+        (["--model", "/nowhere", "x", "--device", "cuda:99"], "device 'cuda:99': torch cannot use it here ("),
+        (["--model", "/nowhere", "x", "--device", "gpu"], "device 'gpu': torch cannot use it here ("),
     ],
 )
 def test_wrong_commands_get_one_line(model_folder, arguments, message, capsys, monkeypatch, tmp_path):

@@ -125,7 +125,9 @@ def test_a_finished_run_leaves_a_summary_and_a_last_heartbeat(base):
     assert (summary["step"], summary["steps"], summary["images"], summary["skipped"]) == (6, 6, 12, 0)
     assert summary["loss"] == [row["loss"] for row in last if "loss" in row][-1]
     assert summary["validation_loss"] == validations[6]
-    assert (summary["best_validation_loss"], summary["best_validation_step"]) == (validations[best], best)
+    assert (summary["best_validation_loss"], summary["best_validation_loss_step"]) == (validations[best], best)
+    errors = {row["step"]: row["validation_error"] for row in last if "validation_error" in row}
+    assert summary["best_validation_error"] == min(errors.values())
     assert summary["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert summary["seconds"] / 3600 <= summary["gpu_hours"]
     assert (beat["step"], beat["steps"], beat["loss"]) == (6, 6, summary["loss"])

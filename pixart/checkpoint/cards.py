@@ -1,6 +1,8 @@
 """What a foreign file means without saying: the card of its variant, and diffusers' settings."""
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ VAES = {  # is Σ's: Hub id and scaling factor
     False: ("stabilityai/sd-vae-ft-ema", 0.18215),
     True: ("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers/vae", 0.13025),
 }
+# sample_size that α and Σ share → interpolation_scale → whether it is Σ's; at 64 both have 1
+_SIGMA_AT = {32: {1: False, 0.5: True}, 64: {}}
+_AUTHORS = re.compile(r"PixArt-alpha/PixArt-(Sigma|XL)-")  # on the Hub; Σ at 512 px is there without a pipeline
 # settings of diffusers' transformer with one value among PixArts; another means another network
 _ONLY = {
     "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
@@ -41,25 +46,34 @@ def implied_card(config: PixArtConfig, evidence: Evidence, found: Found) -> Mode
     if not evidence.has_null and not (sigma and evidence.format == "official"):
         null = "empty_own_mask"
     source, scale = VAES[sigma]
-    text, diffusion, sample = T5, DiffusionConfig(), SampleConfig()
-    if found.pipeline is not None:
-        vae = found.pipeline / "vae"
-        if (vae / "config.json").is_file():
-            source, scale = str(vae.resolve()), VaeConfig.from_diffusers(read_json(vae / "config.json")).scaling_factor
-        if (found.pipeline / "text_encoder" / "config.json").is_file():
-            text = str((found.pipeline / "text_encoder").resolve())
-        if (scheduler := found.pipeline / "scheduler" / "scheduler_config.json").is_file():
-            diffusion = _diffusion(scheduler)
-            if read_json(scheduler).get("_class_name") == "LCMScheduler":
-                sample = SampleConfig(sampler="lcm")
+    diffusion, sample = DiffusionConfig(), SampleConfig()
+    if (vae := _part(found, "vae")) is not None:
+        scale = VaeConfig.from_diffusers(read_json(vae / "config.json")).scaling_factor
+    if found.pipeline is not None and (path := found.pipeline / "scheduler" / "scheduler_config.json").is_file():
+        diffusion = _diffusion(path)
+        if read_json(path).get("_class_name") == "LCMScheduler":
+            sample = SampleConfig(sampler="lcm")
     vae_config = AutoencoderConfig() if config.in_channels == 3 else AutoencoderConfig("kl", source, scale)
-    return ModelCard(
+    card = ModelCard(
         model=config,
         diffusion=diffusion,
         vae=vae_config,
-        text=TextConfig(model=text, length=config.caption_length, clean=not sigma, null=null),
+        text=TextConfig(model=T5, length=config.caption_length, clean=not sigma, null=null),
         sample=sample,
     )
+    return with_own_parts(card, found)
+
+
+def with_own_parts(card: ModelCard, found: Found) -> ModelCard:
+    """A card with the VAE and text encoder of the pipeline folder around the transformer, where that holds them.
+
+    A side card names those of the export, which need not be there any more. Its scale stays: the latents have it.
+    """
+    if card.vae.kind == "kl" and (vae := _part(found, "vae")) is not None:
+        card = replace(card, vae=replace(card.vae, source=str(vae)))
+    if (text := _part(found, "text_encoder")) is not None:
+        card = replace(card, text=replace(card.text, model=str(text)))
+    return card
 
 
 def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +105,8 @@ def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any])
         if value is not None and name in own and value != own[name]:
             raise contradiction(found.name, "its config.json says", name, value, evidence)
     sigma = _says_sigma(found, settings, size, own["micro_conditions"])
+    length = {} if sigma is None else {"caption_length": SIGMA_LENGTH if sigma else PRESETS["XL/2"].caption_length}
+    sigma = {**length, **overrides, **own}.get("caption_length") == SIGMA_LENGTH
     sigma_256 = PRESETS["sigma-256"]
     if scale is None and sigma and size == sigma_256.latent_size and "position_scale" not in overrides:
         raise InputError(
@@ -101,12 +117,23 @@ def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any])
     return {
         "num_heads": heads, "latent_size": size,
         "position_scale": float(max(size // 64, 1) if scale is None else scale),  # diffusers' own default
-        "caption_length": SIGMA_LENGTH if sigma else PRESETS["XL/2"].caption_length,
+        **length,
     }  # fmt: skip
 
 
-def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool:
-    """Σ or α: by the pipeline's class, else by size; at 256 and 512 px by what only Σ's converter writes."""
+def _part(found: Found, name: str) -> Path | None:
+    """The folder of a part of the pipeline around a transformer, if it is there."""
+    if found.pipeline is None or not (found.pipeline / name / "config.json").is_file():
+        return None
+    return (found.pipeline / name).resolve()
+
+
+def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool | None:
+    """Σ or α: by the pipeline's class, else by size, scale or the authors' repository; None where it may be either's.
+
+    The authors' converter writes `interpolation_scale` and `use_additional_conditions` for both; diffusers' older
+    script, which is for α alone, neither.
+    """
     if found.pipeline is not None:
         kind = str(read_json(found.pipeline / PIPELINE).get("_class_name"))
         if not kind.startswith("PixArt"):
@@ -114,7 +141,13 @@ def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool:
         return kind.startswith("PixArtSigma")
     if micro or size >= 128:
         return not micro
-    return settings.get("interpolation_scale") is not None and settings.get("use_additional_conditions") is False
+    scale, told = settings.get("interpolation_scale"), settings.get("use_additional_conditions")
+    if scale is None and told is None:
+        return False
+    if size in _SIGMA_AT:
+        repository = _AUTHORS.match(found.name)
+        return repository[1] == "Sigma" if repository else _SIGMA_AT[size].get(scale)
+    return scale is not None and told is False  # no released model has that size
 
 
 def _diffusion(path: Path) -> DiffusionConfig:

@@ -1,16 +1,25 @@
 """What a source holds, in words: variant, size, dtypes, null caption, positions, and what would be refused."""
 
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pixart.checkpoint.detect import examine, is_sigma
-from pixart.checkpoint.files import ModelCard
+from torch import Tensor
+
+from pixart.checkpoint.detect import FLOATS, examine, is_sigma, recognise, short
+from pixart.checkpoint.files import WEIGHTS, ModelCard
 from pixart.checkpoint.load import Plan, check_one_dtype, make_plan, non_finite
-from pixart.checkpoint.locate import locate
+from pixart.checkpoint.locate import Found, locate
 from pixart.checkpoint.save import FORMATS, refusal
 from pixart.errors import InputError
-from pixart.model.pixart import PRESETS
+from pixart.model.pixart import PRESETS, PixArtConfig
+
+# fields of PixArtConfig that `_facts` has lines for; it lists all others that are not as by default
+_HAVE_LINES = {
+    "hidden_size", "depth", "num_heads", "patch_size", "caption_channels", "caption_length", "micro_conditions",
+    "latent_size", "position_scale", "kv_compression", "kv_ratio", "kv_blocks", "qk_norm",
+}  # fmt: skip
 
 
 def describe(
@@ -24,24 +33,27 @@ def describe(
     found = locate(source, ema=ema, revision=revision)
     state = found.weights.read()
     refused = []
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and non_finite(tensor)]
+    dtypes = Counter(short(tensor.dtype) for tensor in state.values())
+    floats = {name: tensor for name, tensor in state.items() if tensor.dtype in FLOATS}
+    broken = [name for name, tensor in floats.items() if non_finite(tensor)]
+    nans = f"in {len(broken)} tensors: {', '.join(broken[:4])}" if broken else "none"
+    if quantised := len(state) - len(floats):
+        nans += f"; {quantised} quantised tensors were not looked at"
     if broken:
         refused.append(f"load: NaN or infinite weights in {', '.join(broken[:4])}")
     lines = [
         ("files", ", ".join(file.name for file in found.weights.files)),
+        *_chosen(found),
         ("dtype", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.most_common())),
-        ("NaNs", f"in {len(broken)} tensors: {', '.join(broken[:4])}" if broken else "none"),
+        ("NaNs", nans),
     ]
     try:
         plan = make_plan(found, state, overrides)
     except InputError as error:
         refused.append(f"load: {error}")
         if found.kind == "foreign":
-            evidence = examine(state, found.name)  # no PixArt at all: its error is the answer
-            told = ", ".join(f"{name} {value}" for name, value in evidence.fields.items())
-            lines = [("format", evidence.format), ("tensors say", told), *lines]
-            lines.append(("null caption", "present" if evidence.has_null else "absent"))
+            lines = [("format", recognise(state, found.name)), *lines]  # no PixArt at all: its error is the answer
+            lines += [] if quantised else _evidence(state, found.name)
     else:
         lines = [("format", plan.format), ("variant", _variant(plan.card)), *lines, *_facts(plan)]
         try:
@@ -52,6 +64,27 @@ def describe(
         refused += [f"convert to {format}: {why}" for format, why in reasons.items() if why]
     lines += [("refused", why) for why in refused] or [("refused", "nothing")]
     return "\n".join(f"{name:<18}{text}" for name, text in lines)
+
+
+def _chosen(found: Found) -> list[tuple[str, str]]:
+    """Which weights, where a source has several: a checkpoint's section, or the part of a run's checkpoint."""
+    if found.kind == "ours":
+        folder = found.weights.files[0].absolute().parent
+        if folder.name not in ("ema", "model") or not folder.parent.name.startswith("step_"):
+            return []
+        kinds = ("ema", "model") if folder.name == "ema" else ("model", "ema")
+        there = [f"{folder.parent.name}/{kind}" for kind in kinds if (folder.parent / kind / WEIGHTS).is_file()]
+    else:
+        there = found.weights.sections()
+    also = f" (also there: {', '.join(there[1:])})" if there[1:] else ""
+    return [("weights", there[0] + also)] if there else []
+
+
+def _evidence(state: dict[str, Tensor], source: str) -> list[tuple[str, str]]:
+    """What the tensors say by themselves."""
+    evidence = examine(state, source)
+    told = ", ".join(f"{name} {value}" for name, value in evidence.fields.items())
+    return [("tensors say", told), ("null caption", "present" if evidence.has_null else "absent")]
 
 
 def _variant(card: ModelCard) -> str:
@@ -65,6 +98,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in plan.model.parameters())
     pixels = c.latent_size * card.vae.downsample
     blocks = ", ".join(map(str, c.kv_blocks))
+    others = _other_settings(c)
     return [
         ("resolution", f"{pixels} px (latents {c.latent_size} × {c.latent_size})"),
         ("parameters", f"{count:,}"),
@@ -73,8 +107,15 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("micro-conditions", "yes" if c.micro_conditions else "no"),
         ("key compression", f"{c.kv_compression}, ratio {c.kv_ratio}, blocks {blocks}" if blocks else "none"),
         ("qk-norm", "yes" if c.qk_norm else "no"),
+        *([("other settings", others)] if others else []),
         ("captions", f"{c.caption_length} tokens of {card.text.model}, {c.caption_channels} wide"),
         ("null caption", f"{'present' if plan.has_null else 'absent'}; sampling takes {card.text.null}"),
         ("VAE", f"{card.vae.kind} {card.vae.source}".strip()),
         ("diffusion", f"{card.diffusion.schedule}, {card.diffusion.prediction}"),
     ]
+
+
+def _other_settings(config: PixArtConfig) -> str:
+    plain = type(config)()
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _HAVE_LINES}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value != getattr(plain, name))

@@ -18,6 +18,7 @@ from pixart.model.pixart import PRESETS, PixArtConfig
 
 Format = Literal["official", "diffusers"]
 SIGMA_LENGTH = 300  # tokens of PixArt-Σ's captions; α has 120
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 POSITIONS = {"official": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # checked where stored, never a weight
 # all that a file may lack; what it may have besides is its position table
 MAY_LACK: dict[Format, tuple[str, ...]] = {"official": (NULL_CAPTION,), "diffusers": (NULL_CAPTION,)}
@@ -51,8 +52,8 @@ def cause(names: Mapping[str, Any] | set[str]) -> str | None:
     return next((text for sign, text in _CAUSES if any(re.search(sign, name) for name in names)), None)
 
 
-def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
-    """Read format and network off a file's tensors; of their values only the position table's are looked at.
+def recognise(state: Mapping[str, Any], source: str) -> Format:
+    """The format, by names alone.
 
     Raises:
         InputError: no PixArt; names the likely kind.
@@ -65,7 +66,31 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
     if (why := cause(state)) or kind is None:
         some = ", ".join(list(state)[:3])
         raise InputError(f"{source}: {why or 'not a PixArt'}; its tensors are {some} and {max(len(state) - 3, 0)} more")
+    return kind
 
+
+def check_floats(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse quantised weights: their values mean nothing without what they were divided by."""
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise InputError(
+                f"{source}: {name} holds {short(tensor.dtype)}, expected {', '.join(map(short, FLOATS))}; "
+                "quantised weights are not supported, load the model that they were made of"
+            )
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
+    """Read format and network off a file's tensors; of their values only the position table's are looked at.
+
+    Raises:
+        InputError: no PixArt, of which it names the likely kind; quantised, or not whole.
+    """
+    kind = recognise(state, source)
+    check_floats(state, source)
     rename = {} if kind == "official" else {o: t[0] for o, t in diffusers_parts(1, micro_conditions=True).items()}
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:

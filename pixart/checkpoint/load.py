@@ -2,8 +2,9 @@
 
     locate (which files) → examine (which format and network) → plan (tensor by tensor) → read
 
-The network is built on the meta device and takes the files' memory-mapped pages as its weights. What must be copied
-(diffusers' shares of a matrix, another dtype or device) is copied in groups, and the pages behind it are let go.
+The network is built on the meta device and takes the memory-mapped pages of safetensors as its weights. What must be
+copied (torch's own files, which torch.save may cut short; diffusers' shares of a matrix; another dtype or device) is
+copied in groups, and the pages behind it are let go.
 """
 
 import json
@@ -16,8 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.cards import implied_card, settings_fields
-from pixart.checkpoint.detect import MAY_LACK, POSITIONS, check_fields, complete, contradiction, examine, is_sigma
+from pixart.checkpoint.cards import implied_card, settings_fields, with_own_parts
+from pixart.checkpoint.detect import (
+    MAY_LACK,
+    POSITIONS,
+    check_fields,
+    check_floats,
+    complete,
+    contradiction,
+    examine,
+    is_sigma,
+    short,
+)
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.checkpoint.locate import Found, locate
@@ -25,7 +36,6 @@ from pixart.config import build, to_dict
 from pixart.errors import InputError
 from pixart.model.pixart import PixArt, PixArtConfig
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SETTLED = ("num_heads", "latent_size", "position_scale")  # what config.json and a card both tell
 GROUP_BYTES = 256 << 20  # copied between two maps of the file
 
@@ -52,12 +62,15 @@ def load_model(
 ) -> PixArt:
     """Load a PixArt in eval mode, from any format, with the config that its files tell.
 
+    No parameter requires a gradient: call `requires_grad_(True)` to train. On the CPU, weights of safetensors stay
+    memory-mapped, so that file is to be replaced, not written into, while the model lives; all others are copied.
+
     Args:
         source: an official .pth or training checkpoint, a transformer or pipeline folder of diffusers, one of its
             files, a model or run of ours, or on the Hub owner/name, owner/name/subfolder or owner/name/file.pth.
         ema: of a source with averaged and raw weights, the averaged ones.
         dtype: the files' own by default, which must then be one.
-        device: the CPU by default, where the weights stay memory-mapped.
+        device: the CPU by default.
         overrides: fields of `PixArtConfig` that a file cannot tell, as {"num_heads": 12}.
         revision: of a Hub repository: a branch, tag or commit.
 
@@ -97,6 +110,7 @@ def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] 
     """
     if found.kind == "ours":
         check_fields(overrides or {})
+        check_floats(state, found.name)
         config = build(PixArtConfig, overrides or {}, where="overrides.", start=found.card.model)
         plan = _plan("ours", replace(found.card, model=config), state)
         what = "does not fit the model of its config"
@@ -116,7 +130,7 @@ def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] 
                 )
             told = {field.name: getattr(card.model, field.name) for field in fields(PixArtConfig)}
         config = complete(evidence, told, overrides, found.name)
-        card = replace(card, model=config) if card else implied_card(config, evidence, found)
+        card = with_own_parts(replace(card, model=config), found) if card else implied_card(config, evidence, found)
         plan = _plan(evidence.format, card, state)
         what = f"is not a whole {'PixArt-Σ' if is_sigma(config) else 'PixArt'} in the {evidence.format} format"
     if difference := compare_shapes(_expected(plan), _shapes(state)):
@@ -131,9 +145,9 @@ def check_one_dtype(state: dict[str, Tensor], plan: Plan, source: str) -> None:
     if len(counts) > 1:
         rarest = counts[-1][0]
         names = [name for name, dtype in used.items() if dtype == rarest]
-        listed = ", ".join(f"{count} {_short(dtype)}" for dtype, count in counts)
+        listed = ", ".join(f"{count} {short(dtype)}" for dtype, count in counts)
         raise InputError(
-            f"{source}: its tensors are of several dtypes ({listed}; {_short(rarest)} as {names[0]}); "
+            f"{source}: its tensors are of several dtypes ({listed}; {short(rarest)} as {names[0]}); "
             "choose one with dtype=torch.float32 or --dtype float32"
         )
 
@@ -190,15 +204,11 @@ def _take(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the network: the mapped one where it serves as it is, else a copy."""
     copied: list[list[str]] = [[]]
+    may_stay = found.weights.may_stay_mapped() and device.type == "cpu"
     size = 0
     for name, parts in plan.parts.items():
         tensor = state[parts[0]]
-        if tensor.dtype not in _FLOATS:
-            raise InputError(
-                f"{found.name}: {parts[0]} holds {_short(tensor.dtype)}, expected {', '.join(map(_short, _FLOATS))}; "
-                "quantised weights are not supported"
-            )
-        if len(parts) == 1 and dtype in (None, tensor.dtype) and device.type == "cpu":
+        if may_stay and len(parts) == 1 and dtype in (None, tensor.dtype):
             _check_finite(parts[0], tensor, found.name)
             yield name, tensor
             continue
@@ -224,14 +234,10 @@ def _copy(state: dict[str, Tensor], parts: tuple[str, ...], source: str, dtype, 
     tensor = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
     result = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=len(parts) == 1)
     if result.dtype != tensor.dtype and non_finite(result):
-        raise InputError(f"{source}: {parts[0]} overflows in {_short(result.dtype)}; use bfloat16 or float32")
+        raise InputError(f"{source}: {parts[0]} overflows in {short(result.dtype)}; use bfloat16 or float32")
     return result
 
 
 def _check_finite(name: str, tensor: Tensor, source: str) -> None:
     if non_finite(tensor):
         raise InputError(f"{source}: {name} has NaN or infinite weights; the training that wrote it had diverged")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

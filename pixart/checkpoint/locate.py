@@ -1,6 +1,7 @@
 """What a source means: a model of ours, a transformer of diffusers, or a file; on disk or on the Hub."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +37,14 @@ def locate(source: str | Path, *, ema: bool = True, revision: str | None = None)
     """Find a model.
 
     Args:
-        source: a file; a folder (ours, a run, a checkpoint, diffusers' transformer or pipeline); or on the Hub
-            owner/name, owner/name/subfolder or owner/name/file.pth, from the cache if offline.
+        source: a file; a folder (ours, a run, its checkpoints or one of them, diffusers' transformer or pipeline);
+            or on the Hub owner/name, owner/name/subfolder or owner/name/file.pth, from the cache if offline.
         revision: of the Hub repository: a branch, tag or commit.
 
     Raises:
         InputError: nothing there, or nothing that is a PixArt; says what was there instead.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     try:
         if not path.exists():
             path = _from_hub(str(source), revision)
@@ -76,6 +77,8 @@ def _in_folder(folder: Path, name: str, ema: bool) -> Found:
         return _transformer(folder, name, None, ema)
     if "architectures" in settings:
         raise InputError(f"{name}: a {', '.join(settings['architectures'] or ['model'])} of transformers, not a PixArt")
+    if folder.absolute().name == "checkpoints" and any(folder.glob("step_*")):
+        folder = folder.absolute().parent  # the run
     ours = [folder / WEIGHTS, folder / "ema" / WEIGHTS, folder / "model" / WEIGHTS]
     if (folder / "checkpoints").is_dir() or any(path.exists() for path in ours):
         model = find_model(folder, ema=ema)

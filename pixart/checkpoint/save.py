@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,20 +22,27 @@ from pixart.config import to_dict
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.disk import write_file, write_folder
 from pixart.errors import InputError
-from pixart.model.pixart import PixArt
+from pixart.model.pixart import PixArt, PixArtConfig
 from pixart.model.text import find_text_parts
 from pixart.model.vae import VaeConfig
 from pixart.model.vae_files import find_weights, read_settings
 
 Format = Literal["ours", "official", "diffusers", "diffusers-pipeline"]
 FORMATS: tuple[str, ...] = get_args(Format)
+# fields of PixArtConfig that may have any value in an export to diffusers; another must have its default
+IN_DIFFUSERS = {
+    "hidden_size", "depth", "num_heads", "patch_size", "in_channels", "learn_sigma", "caption_channels",
+    "micro_conditions", "latent_size", "position_scale",  # as `_write_transformer` writes them
+    "caption_length",  # told by the pipeline's class and our card
+    "kv_ratio", "kv_blocks",  # mean nothing without kv_compression
+}  # fmt: skip
 
 
 def save(model: PixArt, card: ModelCard, target: str | Path, format: Format) -> None:
     """Write a model whole or not at all, its weights in the dtype that they have.
 
     Args:
-        target: a file for "official", a folder for the others; must not be there.
+        target: a .pth file for "official", a folder for the others; must not be there.
         format: "ours" (a folder with the card), "official" (the authors' .pth), "diffusers" (the transformer's folder;
             the null caption, for which it has no place, in a side file), "diffusers-pipeline" (with the VAE and text
             encoder that the card names, and a scheduler).
@@ -49,6 +56,11 @@ def save(model: PixArt, card: ModelCard, target: str | Path, format: Format) -> 
         raise InputError(f"format '{format}': expected one of {', '.join(FORMATS)}")
     if target.exists() or target.is_symlink():
         raise InputError(f"{target} is already there; remove it, or name another target")
+    if format == "official" and target.suffix == ".safetensors":
+        raise InputError(
+            f"{target}: the authors' format is a file of torch.save; name it {target.stem}.pth, or use --to ours or "
+            "diffusers, which hold safetensors"
+        )
     card = replace(card, model=model.config)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if why := refusal(card, format, has_null=has_null_caption(state)):
@@ -76,14 +88,8 @@ def refusal(card: ModelCard, format: str, *, has_null: bool) -> str | None:
             "the model has no null caption (y_embedder.y_embedding), which an official file needs: the source was "
             "diffusers' format without our side file; give one with --null-caption FILE, as the authors' .pth"
         )
-    if format.startswith("diffusers"):
-        other = {
-            f"key compression ({c.kv_compression})": c.kv_compression is not None,
-            "qk_norm": c.qk_norm,
-            f"mlp_ratio {c.mlp_ratio}": c.mlp_ratio != 4,
-        }
-        if named := [name for name, is_so in other.items() if is_so]:
-            return f"diffusers' PixArt has no {', '.join(named)}; use --to ours or official"
+    if format.startswith("diffusers") and (named := _unknown_to_diffusers(c)):
+        return f"diffusers' PixArt has no {', '.join(named)}; use --to ours or official"
     if format == "diffusers-pipeline":
         plain = DiffusionConfig()
         if (card.diffusion.schedule, card.diffusion.prediction) != (plain.schedule, plain.prediction):
@@ -99,6 +105,18 @@ def refusal(card: ModelCard, format: str, *, has_null: bool) -> str | None:
         if card.vae.kind != "kl":
             return f"diffusers' PixArt pipelines have a VAE, this model denoises pixels (vae.kind {card.vae.kind})"
     return None
+
+
+def _unknown_to_diffusers(config: PixArtConfig) -> list[str]:
+    """What diffusers has no setting for, in words: every field but `IN_DIFFUSERS` that differs from its default."""
+    plain = type(config)()
+    values = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in IN_DIFFUSERS and getattr(config, field.name) != getattr(plain, field.name)
+    }
+    words = {"kv_compression": f"key compression ({config.kv_compression})"}
+    return [words.get(name, name if value is True else f"{name} {value}") for name, value in values.items()]
 
 
 def _write_official(path: Path, state: dict[str, Tensor], model: PixArt, card: ModelCard) -> None:

@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.detect import examine
+from pixart.checkpoint.detect import check_floats, examine
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import diffusers_parts
 from pixart.checkpoint.load import non_finite
@@ -32,7 +32,8 @@ def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: Diffu
     """
     found = locate(source, ema=ema)
     state = found.weights.read()
-    if broken := [name for name, tensor in state.items() if tensor.is_floating_point() and non_finite(tensor)]:
+    check_floats(state, found.name)
+    if broken := [name for name, tensor in state.items() if non_finite(tensor)]:
         raise InputError(f"{source}: {broken[0]} has NaN or infinite weights; the training that wrote it had diverged")
     dit = is_dit(state)
     if found.kind == "foreign" and not dit:

@@ -4,9 +4,11 @@ Every `Weights.read` maps the files anew. Pages that were only copied from leave
 holds each weight once.
 """
 
+import argparse
 import json
 import pickle
 import re
+import shlex
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ CARD_KEY = "pixart_card"  # JSON beside an official file's state_dict, where the
 _EMA, _RAW = ("state_dict_ema", "ema"), ("state_dict", "model", "module")
 # parts of a name that wrappers add: DDP, torch.compile, ControlNet's and FSDP's modules, trainers
 _WRAPPERS = {"module", "_orig_mod", "base_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
+_FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # every PixArt has one; what stands before it is a prefix
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,19 @@ class Weights:
         """
         state: dict[str, Tensor] = {}
         for file in self.files:
-            part = strip_wrappers(find_state(read_payload(file), file, ema=self.ema), file)
+            part = find_state(read_payload(file), file, ema=self.ema)
             if twice := sorted(state.keys() & part.keys()):
                 raise InputError(f"{file}: {twice[0]} stands in another file of this model too")
             state.update(part)
-        return state
+        return strip_wrappers(state, self.files[0] if len(self.files) == 1 else self.files[0].parent)
+
+    def may_stay_mapped(self) -> bool:
+        """Whether a model may live on what `read` maps: torch.save cuts a file short under its map, which kills."""
+        return all(sniff(file) != "zip" for file in self.files)
+
+    def sections(self) -> list[str]:
+        """Where a training checkpoint has weights, those that `read` takes first; none in a file of tensors alone."""
+        return _sections(read_payload(self.files[0]), ema=self.ema)
 
     def card_text(self) -> str | None:
         """The card that our own export to the official format adds where needed."""
@@ -62,14 +73,12 @@ def read_payload(path: Path) -> Any:
     try:
         if kind == "safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a script's arguments, which are data alone
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
-                f"{path}: refused, since loading it would run code: its pickle calls {found[1]}. If you trust its "
-                'author, take the tensors out once, in an environment you can lose: python -c "import torch; p = '
-                f"torch.load('{path}', map_location='cpu', weights_only=False); "
-                "torch.save({'state_dict': p['state_dict']}, 'weights.pth')\""
+                f"{path}: refused, since loading it would run code: its pickle calls {found[1]}. {_way_out(path)}"
             ) from None
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         reason = _one_line(reason.partition("Check the documentation")[0])  # which is on switching the protection off
@@ -81,6 +90,23 @@ def read_payload(path: Path) -> Any:
         raise InputError(
             f"{path}: truncated or damaged ({path.stat().st_size:,} bytes; {_one_line(error)}); fetch it again"
         ) from None
+
+
+def _way_out(path: Path) -> str:
+    """The command that takes the tensors out of a pickle with code, a pickled network's too, by section."""
+    made = f"{path.stem}_tensors.pth"
+    code = (
+        "import sys, torch; "
+        "state = lambda x: x.state_dict() if hasattr(x, 'state_dict') else x; "
+        "tensors = lambda x: {k: v for k, v in state(x).items() if torch.is_tensor(v)}; "
+        "p = state(torch.load(sys.argv[1], map_location='cpu', weights_only=False)); "
+        f"kept = {{k: tensors(p[k]) for k in {(*_EMA, *_RAW)} if hasattr(state(p.get(k)), 'items')}}; "
+        "torch.save(kept or tensors(p), sys.argv[2])"
+    )
+    return (
+        f"If you trust its author, take the tensors out once into {made}, in an environment you can lose: "
+        f'python -c "{code}" {shlex.quote(str(path))} {shlex.quote(made)}'
+    )
 
 
 def sniff(path: Path) -> str:
@@ -116,11 +142,10 @@ def find_state(payload: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
     """
     if not isinstance(payload, Mapping):
         raise InputError(f"{path}: holds a {type(payload).__name__}, expected tensors by name")
-    sections = [key for key in (*_EMA, *_RAW) if isinstance(payload.get(key), Mapping) and payload[key]]
-    chosen = [key for key in sections if ema or key in _RAW]
-    if sections and not chosen:
+    sections = _sections(payload, ema=ema)
+    if sections and not ema and sections[0] in _EMA:
         raise InputError(f"{path}: has no raw weights, only {', '.join(sections)}; ask for these (--ema, ema=True)")
-    state = payload[chosen[0]] if chosen else payload
+    state = payload[sections[0]] if sections else payload
     if odd := [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]:
         raise InputError(
             f"{path}: expected tensors by name, or one of {', '.join((*_EMA, *_RAW))} with them; found "
@@ -131,11 +156,25 @@ def find_state(payload: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
+def _sections(payload: Mapping[str, Any], *, ema: bool) -> list[str]:
+    """Keys with a state dict under them, those asked for first."""
+    order = (*_EMA, *_RAW) if ema else (*_RAW, *_EMA)
+    return [key for key in order if isinstance(payload.get(key), Mapping) and payload[key]]
+
+
 def strip_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names as the network's own: without `module.`, `_orig_mod.`, `base_model.` and the like, wherever they stand."""
+    """Names as the network's own.
+
+    That is without `module.`, `_orig_mod.`, `base_model.` and the like, wherever they stand, and without what stands
+    before the first layer's name, as `model.diffusion_model.` or `transformer.`.
+    """
+    inner = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
+    prefixes = [name.removesuffix(first) for name in inner.values() for first in _FIRST if name.endswith(f".{first}")]
     stripped, origin = {}, {}
     for name, tensor in state.items():
-        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        short = inner[name]
+        for prefix in prefixes:
+            short = short.removeprefix(prefix)
         if short in origin:
             raise InputError(f"{path}: {origin[short]} and {name} are both {short} without their prefixes; keep one")
         stripped[short], origin[short] = tensor, name

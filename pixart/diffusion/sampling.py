@@ -10,7 +10,7 @@ from torch import Tensor
 from pixart.diffusion import distilled, samplers
 from pixart.diffusion.guidance import Denoise
 from pixart.diffusion.sa_solver import sa_solver
-from pixart.diffusion.schedule import FlowSchedule, Schedule
+from pixart.diffusion.schedule import TRAIN_STEPS, FlowSchedule, Schedule
 from pixart.errors import InputError
 
 
@@ -51,17 +51,19 @@ class _Sampler:
     function: Callable[..., Tensor]
     steps: int  # the default
     options: tuple[str, ...]
+    least: int = 1  # steps that it takes
+    most: int | None = None
     draws: bool = False  # takes a generator per picture
     distilled: bool = False  # guidance is in the weights
 
 
 _SAMPLERS = {
     "dpm_solver": _Sampler(samplers.dpm_solver, 20, ("order", "ending")),
-    "iddpm": _Sampler(samplers.iddpm, 100, ("clip_x0",), draws=True),
-    "ddim": _Sampler(samplers.ddim, 50, ("eta", "clip_x0"), draws=True),
+    "iddpm": _Sampler(samplers.iddpm, 100, ("clip_x0",), 2, TRAIN_STEPS, draws=True),
+    "ddim": _Sampler(samplers.ddim, 50, ("eta", "clip_x0"), 2, TRAIN_STEPS, draws=True),
     "sa_solver": _Sampler(sa_solver, 25, ("tau",), draws=True),
-    "lcm": _Sampler(distilled.lcm, 4, (), draws=True, distilled=True),
-    "dmd": _Sampler(distilled.dmd, 1, (), distilled=True),
+    "lcm": _Sampler(distilled.lcm, 4, (), 1, distilled.LCM_GRID, draws=True, distilled=True),
+    "dmd": _Sampler(distilled.dmd, 1, (), 1, 1, distilled=True),
     "euler": _Sampler(samplers.euler, 30, ("shift",)),
     "heun": _Sampler(samplers.heun, 15, ("shift",)),
 }
@@ -74,10 +76,12 @@ def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
     """The config with sampler, steps and guidance filled in for a schedule.
 
     Raises:
-        InputError: the sampler does not fit the schedule, or lacks an option that is set.
+        InputError: the sampler does not fit the schedule, lacks an option that is set, or takes other numbers of steps.
     """
     flow = isinstance(schedule, FlowSchedule)
     name = config.sampler if config.sampler != "auto" else ("heun" if flow else "dpm_solver")
+    if name not in _SAMPLERS:
+        raise InputError(f"sampler: got '{name}', expected auto, {', '.join(_SAMPLERS)}")
     if flow != (name in _FOR_FLOW):
         fitting = [other for other in _SAMPLERS if flow == (other in _FOR_FLOW)]
         raise InputError(f"sampler '{name}' does not fit this model's schedule, which takes {' or '.join(fitting)}")
@@ -87,7 +91,21 @@ def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
     guidance = config.guidance if config.guidance is not None else 1.0 if _SAMPLERS[name].distilled else GUIDANCE
     if _SAMPLERS[name].distilled and guidance != 1:
         raise InputError(f"sampler '{name}' is for models with guidance in their weights: got {guidance}, set it to 1")
-    return replace(config, sampler=name, steps=config.steps or _SAMPLERS[name].steps, guidance=guidance)
+    steps = config.steps or _SAMPLERS[name].steps
+    _check_steps(name, steps, config.order)
+    return replace(config, sampler=name, steps=steps, guidance=guidance)
+
+
+def _check_steps(name: str, steps: int, order: int) -> None:
+    """Refuse numbers of steps that a sampler itself would refuse, which is after the text encoder's work."""
+    if name == "dpm_solver" and steps < order:
+        raise InputError(
+            f"sampler '{name}': got {steps} steps, expected at least {order}, its order; or set order to {steps} too"
+        )
+    least, most = _SAMPLERS[name].least, _SAMPLERS[name].most
+    if most is not None and not least <= steps <= most:
+        expected = "it has one" if most == 1 else f"expected {least} to {most}"
+        raise InputError(f"sampler '{name}': got {steps} steps, {expected}")
 
 
 def sample(

@@ -64,6 +64,15 @@ class Schedule(ABC):
     def draw_times(self, uniform: Tensor, config: DiffusionConfig) -> Tensor:
         """Uniform numbers in [0, 1) → training times. A function, so that paired runs see the same times."""
 
+    def time_of(self, ratio: float) -> float:
+        """The time at which σ / α, which grows with time, is `ratio`."""
+        low, high = 0.0, self.last
+        for _ in range(60):
+            middle = (low + high) / 2
+            alpha, sigma = self.alpha_sigma(middle)
+            low, high = (middle, high) if sigma < ratio * alpha else (low, middle)
+        return low
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of pictures (B, C, H, W) at times (B,)."""
         alpha, sigma = self.alpha_sigma_of(t)

@@ -1,38 +1,58 @@
 """Looking at a run while it trains: the loss on held-out images, and sample grids."""
 
 import math
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pixart.data.dataset import collate
+from pixart.diffusion.errors import RATIOS, denoising_errors
 from pixart.grid import contact_sheet
 from pixart.pipeline import sample_latents, to_images
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import whole_model
 from pixart.train.quarters import quarter_means, sum_by_quarter
 from pixart.train.setup import Session
-from pixart.train.step import batch_losses
+from pixart.train.step import batch_losses, conditions, find_latents
 
 
 @torch.no_grad()
 def validate(session: Session, config: TrainConfig) -> dict[str, float]:
-    """Loss of the averaged weights on the held-out images, in all and by quarter of the times, under fixed noise."""
+    """The averaged weights on the held-out images under fixed noise: the loss, in all and by quarter of its times, and
+    the error of the clean pictures, in all and by ratio of noise to signal (see `denoising_errors`)."""
     state, held_out = session.state, session.data.held_out
-    sums = torch.zeros(2, 4, device=state.accelerator.device)
+    device, dtype = state.accelerator.device, next(state.ema.parameters()).dtype
+    sums, errors = torch.zeros(2, 4, device=device), torch.zeros(len(RATIOS), device=device)
     size = max(config.train.batch_size // (config.train.accumulation * state.accelerator.num_processes), 1)
     for samples in held_out.by_bucket(size):
         # pass -1: times and noise that no training step sees, the same at every validation
         batch = collate([held_out.dataset[-1, i] for i in samples], length=config.text.length)
-        batch = batch.to(state.accelerator.device)
+        batch = batch.to(device)
+        given = {"caption": batch.caption.to(dtype), **conditions(batch, config)}
+
+        def network(x: Tensor, t: Tensor, given: dict[str, Tensor] = given) -> Tensor:
+            return state.ema(x.to(dtype), t, **given)
+
         with state.accelerator.autocast():
+            batch = replace(batch, latents=find_latents(batch, session.autoencoder))
             losses = batch_losses(
                 state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
             )
+            found = denoising_errors(network, session.schedule, config.diffusion, batch.latents, batch.noise)
         sums += sum_by_quarter(losses["loss"], batch.time, batch.weight)
+        errors += torch.where(batch.weight > 0, found, 0.0).sum(1)
     total, count = sums.sum(1).tolist()
-    loss = total / count if count else math.nan  # nothing was held out, or none of it could be read
-    return {"validation_loss": loss, **quarter_means(sums, "validation_loss")}
+    count = count or math.nan  # nothing was held out, or none of it could be read
+    by_ratio = (errors / count).tolist()
+    return {
+        "validation_loss": total / count,
+        **quarter_means(sums, "validation_loss"),
+        "validation_error": statistics.fmean(by_ratio),
+        **{f"validation_error_{ratio:g}": error for ratio, error in zip(RATIOS, by_ratio, strict=True)},
+    }
 
 
 def draw_samples(session: Session, config: TrainConfig) -> Path | None:

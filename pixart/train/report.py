@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -74,11 +74,7 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
     why = "finished" if finished else "stopped by a signal"
     if error is not None:
         why = f"{type(error).__name__}: {error}".rstrip(": ")
-    loss = validation = best = best_step = None
-    for row in read_rows(run / METRICS):
-        loss, validation = row.get("loss", loss), row.get("validation_loss", validation)
-        if math.isfinite(row.get("validation_loss", math.nan)) and (best is None or row["validation_loss"] < best):
-            best, best_step = row["validation_loss"], row["step"]
+    rows = list(read_rows(run / METRICS))
     return {
         "finished": finished,
         "why": why,
@@ -86,15 +82,21 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
         "steps": config.train.steps,
         "images": progress.images,
         "seconds": progress.seconds,
-        "loss": loss,
-        "validation_loss": validation,
-        "best_validation_loss": best,
-        "best_validation_step": best_step,
+        "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        **last_and_best(rows, "validation_loss"),
+        **last_and_best(rows, "validation_error"),
         "skipped": progress.skipped,
         "unreadable": len(progress.unreadable),
         "config_sha256": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
         "versions": _versions(),
     }
+
+
+def last_and_best(rows: Sequence[dict], name: str) -> dict[str, float | int | None]:
+    """A metric's last value, its lowest finite one, and that one's step; None where it was not logged."""
+    found = [(row[name], row["step"]) for row in rows if name in row]
+    best, step = min(((value, step) for value, step in found if math.isfinite(value)), default=(None, None))
+    return {name: found[-1][0] if found else None, f"best_{name}": best, f"best_{name}_step": step}
 
 
 def _versions() -> dict[str, str | None]:

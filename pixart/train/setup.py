@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.start import start_from
-from pixart.config import dump_yaml, load_config, to_dict
+from pixart.config import dump_yaml, flatten, load_config, to_dict
 from pixart.diffusion.schedule import Schedule, make_schedule
 from pixart.disk import write_file
 from pixart.errors import InputError
@@ -132,7 +132,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
         # through the dataclass: a key that came after the run began has its default there
-        before, now = _flatten(to_dict(load_config(TrainConfig, stored))), _flatten(to_dict(config))
+        before, now = flatten(to_dict(load_config(TrainConfig, stored))), flatten(to_dict(config))
         pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
         if checkpoint is not None:
             changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -197,13 +197,6 @@ def build_state(
             wrapped = accelerator.prepare_model(model)
     optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
     return TrainState(model, wrapped, ema, optimizer, accelerator, processes)
-
-
-def _flatten(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _is_free(key: str) -> bool:

@@ -119,9 +119,7 @@ def batch_losses(
     network, model, batch: Batch, schedule: Schedule, autoencoder: Autoencoder, config: TrainConfig, *, dropout=True
 ) -> dict[str, Tensor]:
     """Losses (B,) of a batch under its own times and noise; `network` is called, `model` holds the null caption."""
-    latents = batch.latents
-    if latents is None:
-        latents = autoencoder.encode(batch.pixels, batch.posterior_noise)
+    latents = find_latents(batch, autoencoder)
     t = schedule.draw_times(batch.time, config.diffusion)
     caption = batch.caption
     if dropout and config.train.caption_dropout:
@@ -129,8 +127,17 @@ def batch_losses(
         null = model.y_embedder.y_embedding[: caption.shape[1]].to(caption.dtype)
         dropped = batch.drop < config.train.caption_dropout
         caption = torch.where(dropped[:, None, None], null, caption)
-    micro = {"size": batch.size, "aspect_ratio": batch.aspect_ratio} if config.model.micro_conditions else {}
-    dtype = next(model.parameters()).dtype
     x_t = schedule.add_noise(latents, batch.noise, t)
-    output = network(x_t, t, caption.to(dtype), batch.caption_mask, **micro)
+    output = network(x_t, t, caption.to(next(model.parameters()).dtype), **conditions(batch, config))
     return diffusion_loss(schedule, config.diffusion, output, latents, batch.noise, t)
+
+
+def find_latents(batch: Batch, autoencoder: Autoencoder) -> Tensor:
+    """A batch's scaled latents (B, C, h, w), encoded if it has pixels."""
+    return autoencoder.encode(batch.pixels, batch.posterior_noise) if batch.latents is None else batch.latents
+
+
+def conditions(batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """What the network takes besides latents, times and captions."""
+    micro = {"size": batch.size, "aspect_ratio": batch.aspect_ratio} if config.model.micro_conditions else {}
+    return {"caption_mask": batch.caption_mask, **micro}
