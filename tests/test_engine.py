@@ -377,32 +377,70 @@ def test_sharding_bf16_compiled_blocks_and_gradient_checkpointing_go_together(ba
     assert all(value.dtype == torch.float32 for value in found.values()), "the masters stay fp32"
 
 
+# srun as it is: tasks side by side, all killed when one ends with anything but 0; python as training ends
 STAND_INS = {
-    "srun": """trap 'sleep 0.3; exit 75' USR1; echo $$ > pid; echo "$@" "$WORLD_SIZE" "$MASTER_ADDR" > srun.txt
-               if [ "$END" = now ]; then exit 0; fi; while :; do sleep 0.05; done""",
-    "scancel": 'echo "$@" > scancel.txt; kill -USR1 "$(cat pid)"',
-    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" > scontrol.txt; fi',
-}
+    "srun": """import os, signal, subprocess, sys, time
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+tasks = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+         for i in range(3)]
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks if task.poll() is None])
+open("pid", "w").write(str(os.getpid()))
+while any(task.poll() is None for task in tasks):
+    if any(task.poll() not in (None, 0) for task in tasks):
+        [task.kill() for task in tasks]
+        sys.exit(143)
+    time.sleep(0.02)
+sys.exit(0 if all(task.returncode == 0 for task in tasks) else 143)
+""",
+    "python": """import os, signal, sys, time
+rank = os.environ["RANK"]
+def stop(*_):
+    time.sleep(0.3 * int(rank))
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+open(f"task{rank}.txt", "w").write(" ".join([*sys.argv[1:], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"],
+                                             os.environ["MASTER_ADDR"]]))
+while os.environ["END"] == "signal":
+    time.sleep(0.05)
+sys.exit(1 if os.environ["END"] == "crash" and rank == "1" else 0)
+""",
+    "scancel": """import os, signal, sys
+open("scancel.txt", "w").write(" ".join(sys.argv[1:]))
+os.kill(int(open("pid").read()), signal.SIGUSR1)
+""",
+    "scontrol": """import sys
+if sys.argv[1] == "show":
+    print("node7", "node8", sep=chr(10))
+else:
+    open("scontrol.txt", "w").write(" ".join(sys.argv[1:]))
+""",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("end", ["now", "by signal"])
-def test_the_slurm_script_goes_back_into_the_queue_after_a_signal_alone(tmp_path, end):
+@pytest.mark.parametrize(("end", "code"), [("now", 0), ("signal", 75), ("crash", 143)])
+def test_the_slurm_script_goes_back_into_the_queue_after_a_signal_alone(tmp_path, end, code):
     for name, body in STAND_INS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{body}")
         (tmp_path / name).chmod(0o755)
     job = subprocess.Popen(
         ["bash", str(ROOT / "scripts" / "slurm.sh"), "CONFIG.yaml", "train.steps=9"], cwd=tmp_path,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_NTASKS": "16",
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "41", "SLURM_NTASKS": "3",
              "SLURM_JOB_NODELIST": "node[7-8]", "END": end},
     )  # fmt: skip
     deadline = time.monotonic() + 20
-    while end != "now" and not (tmp_path / "srun.txt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if end != "now":
+    while end == "signal" and len(list(tmp_path.glob("task?.txt"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if end == "signal":
+        time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=20) == (0 if end == "now" else 75)
-    assert (tmp_path / "srun.txt").read_text().split()[-4:] == ["CONFIG.yaml", "train.steps=9", "16", "node7"]
-    assert (tmp_path / "scontrol.txt").exists() == (end != "now")
-    if end != "now":
-        assert (tmp_path / "scancel.txt").read_text() == "--signal=USR1 41\n"
-        assert (tmp_path / "scontrol.txt").read_text() == "requeue 41\n"
+    assert job.wait(timeout=20) == code
+    for rank in (0, 1, 2) if end != "crash" else ():
+        text = (tmp_path / f"task{rank}.txt").read_text()
+        assert text == f"scripts/train.py CONFIG.yaml train.steps=9 {rank} 3 node7"
+    assert (tmp_path / "scontrol.txt").exists() == (end == "signal")
+    assert not list(tmp_path.glob(".requeue*"))
+    if end == "signal":
+        assert (tmp_path / "scancel.txt").read_text() == "--signal=USR1 41"
+        assert (tmp_path / "scontrol.txt").read_text() == "requeue 41"
