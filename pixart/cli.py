@@ -39,7 +39,7 @@ def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:
 
 
 def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
-    """Which of how many processes this is: as told, else as torchrun or a Slurm array tell, else the only one.
+    """Which of how many processes this is: as told, else as torchrun, a Slurm array or srun tell, else the only one.
 
     Raises:
         InputError: one of the two is missing, or they do not fit together.
@@ -53,6 +53,8 @@ def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
                 first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{n}", d)) for n, d in (("MIN", 0), ("STEP", 1)))
                 rank = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
                 ranks = int(environment["SLURM_ARRAY_TASK_COUNT"])
+            elif "SLURM_STEP_NUM_TASKS" in environment:  # which srun sets, and a batch script does not have
+                rank, ranks = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
             else:
                 rank, ranks = 0, 1
         except (KeyError, ValueError) as error:

@@ -20,9 +20,11 @@ from pixart.diffusion.samplers import Callback, draw_noise
 from pixart.diffusion.sampling import SampleConfig, resolve, sample
 from pixart.errors import InputError
 from pixart.model import PixArt
+from pixart.model.autoencoder import Autoencoder
 from pixart.model.pixart import CaptionContext
 from pixart.model.text import TextEncoder
 
+DECODED_PIXELS = 1 << 20  # at a time: a decoder takes 3 GB for a picture of 1024 px in fp32
 ALPHA_LENGTH = 120  # tokens of PixArt-α's captions, which tell its models from Σ's
 RATIOS = min(SIZES_1024), max(SIZES_1024)  # height / width, of the official sizes
 Size = tuple[int, int]  # height, width in pixels
@@ -83,6 +85,12 @@ def sample_latents(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = draw_noise(generators, (card.model.in_channels, height, width), device)
     return sample(denoise, x, schedule, config, generators, callback)
+
+
+def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) → pixels (B, 3, H, W), a few pictures at a time."""
+    few = max(DECODED_PIXELS // (latents[0, 0].numel() * autoencoder.downsample**2), 1)
+    return torch.cat([autoencoder.decode(part) for part in latents.split(few)])
 
 
 def _with_null(

@@ -22,6 +22,7 @@ from pixart.errors import InputError
 from pixart.generate import (
     Size,
     choose_size,
+    decode,
     encode_null,
     resize_and_crop,
     sample_latents,
@@ -271,7 +272,7 @@ class Pipeline:
     def _finish(self, latents: Tensor, size: Size, output: str) -> Tensor | list[Image.Image]:
         if output == "latent":
             return latents
-        pixels = resize_and_crop(self.autoencoder.decode(latents), size)
+        pixels = resize_and_crop(decode(self.autoencoder, latents), size)
         return pixels if output == "pixels" else to_images(pixels)
 
 

@@ -330,6 +330,8 @@ def test_wrong_settings_are_refused(changes):
              "SLURM_ARRAY_TASK_STEP": "2"},
             (2, 3),
         ),
+        ((None, None), {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
+        ((None, None), {"SLURM_PROCID": "0"}, (0, 1)),
         ((None, 4), {}, None),
         ((4, 4), {}, None),
         ((None, None), {"RANK": "3"}, None),
@@ -337,7 +339,8 @@ def test_wrong_settings_are_refused(changes):
     ],
 )  # fmt: skip
 def test_rank_is_what_is_told_or_torchruns_or_slurms(monkeypatch, told, variables, expected):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN",
+                 "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

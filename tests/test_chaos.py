@@ -22,7 +22,8 @@ from toy import relative
 pytestmark = pytest.mark.slow
 
 SGD = {"optimizer__name": "sgd", "optimizer__lr": 1.0, "optimizer__warmup": 0, "optimizer__weight_decay": 0.0,
-       "optimizer__clip": 1e9, "train__steps": 1}  # fmt: skip
+       "optimizer__clip": 1e9, "train__steps": 1,
+       "data__validation": 0.3, "train__validate_every": 1}  # fmt: skip
 LONG = {"train__steps": 50, "train__save_every": 0}
 
 
@@ -84,9 +85,12 @@ def start(configs: list[Path], count: int, logs: Path, accident: str = "none", w
     return ranks
 
 
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(run: Path) -> dict[int, dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows if "loss" in row}
+    return {row["step"]: row for row in rows(run) if "loss" in row}
 
 
 def samples(run: Path, count: int) -> dict[int, list[tuple]]:
@@ -105,6 +109,9 @@ def test_one_plain_step_of_many_processes_is_that_of_one(runs, parallel, count):
     first, second = metrics(one)[1], metrics(many)[1]
     assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    (first,), (second,) = ([row for row in rows(run) if "validation_loss" in row] for run in (one, many))
+    assert len(first) > 8
+    assert second == pytest.approx(first, rel=1e-5)
     expected, found = (tensors(run / "checkpoints" / "step_00000001") for run in (one, many))
     for kind in ("model", "ema"):
         names = [name for name in expected if name.startswith(kind)]

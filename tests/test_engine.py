@@ -348,6 +348,13 @@ def test_only_errors_of_other_processes_are_taken_for_such():
     assert "has ended" in str(lost_process(RuntimeError(closed), 9))
     late = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation"
     assert "did not answer for 9 s" in str(lost_process(RuntimeError(late), 9))
+    assert late in str(lost_process(RuntimeError(late), 9)), "and what torch said"
+    for own in (
+        "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage, Duplicate GPU detected : rank 1 and rank 0",
+        "NCCL error: ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'",
+        "[enforce fail at gloo/transport/tcp/device.cc:83] Unable to find address for: ib0",
+    ):
+        assert lost_process(RuntimeError(own), 9) is None, "told as it is"
 
 
 def test_one_sharded_process_gives_the_numbers_of_one_that_is_not(base):
@@ -361,6 +368,23 @@ def test_one_sharded_process_gives_the_numbers_of_one_that_is_not(base):
     assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in other.items()}
     assert train(build(base, train__parallel="fsdp", train__steps=8)).step == 8, "either goes on from the other"
     assert train(build(base, train__steps=8, output=f"{base['output']}_fsdp")).step == 8
+
+
+def test_a_sharded_run_in_bf16_gives_the_numbers_of_one_that_is_not(base):
+    plain = train(build(base, train__mixed_precision="bf16")).run
+    changes = {"train__parallel": "fsdp", "output": f"{base['output']}_fsdp"}
+    sharded = train(build(base, train__mixed_precision="bf16", **changes)).run
+    for row, reference in zip(metrics(sharded), metrics(plain), strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+
+
+def test_deterministic_kernels_change_no_number_on_a_cpu_and_are_off_again_after_it(base):
+    plain = train(build(base)).run
+    run = train(build(base, train__deterministic=True, output=f"{base['output']}_same")).run
+    assert torch.are_deterministic_algorithms_enabled()
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(plain)]
+    assert train(build(base, train__steps=7, output=f"{base['output']}_same")).step == 7
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.slow

@@ -21,7 +21,10 @@ Callback = Callable[[int, Tensor], None]  # step just done (from 0) and x after 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int], device=None) -> Tensor:
     """Standard normal fp32 (B, *shape), row i from generator i."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
+    noise = torch.stack([torch.randn(tuple(shape), generator=g, device="cpu") for g in generators])
+    if device is not None and torch.device(device).type == "cuda":
+        noise = noise.pin_memory()  # or the copy would wait until the GPU is done with all steps before
+    return noise.to(device, non_blocking=True)
 
 
 def iddpm(

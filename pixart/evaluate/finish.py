@@ -4,6 +4,7 @@ import os
 
 from pixart.data.openmoji import ATTRIBUTION
 from pixart.evaluate.retrieval import retrieval
+from pixart.extract.run import find_device
 from pixart.pipeline import Pipeline
 from pixart.train.config import TrainConfig
 from pixart.train.loop import RunResult
@@ -17,7 +18,7 @@ def finish(config: TrainConfig, result: RunResult) -> str:
     captions = [caption for record in result.data.records[:1] for caption in record.captions]
     prompt = [*config.prompts, *captions, "a prompt"][0]
     if config.evaluate.retrieval:
-        pipeline = Pipeline.from_pretrained(result.run)
+        pipeline = Pipeline.from_pretrained(result.run, device=find_device())
         credit = ATTRIBUTION if config.data.prepare == "openmoji" else ""
         score = retrieval(pipeline, result.data.records, result.run, config.sample, seed=config.seed, credit=credit)
         lines += [f"picture: {score.sheet} (training image above, sample below; a red caption is a miss)", str(score)]

@@ -192,7 +192,8 @@ def find_device() -> torch.device:
     """This process's GPU, if there is any."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(place) % torch.cuda.device_count())
 
 
 def summarize(result: Result) -> str:

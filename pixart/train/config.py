@@ -47,6 +47,7 @@ class LoopConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
+    deterministic: bool = False  # on a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway
     freeze: tuple[str, ...] = ()  # patterns of parameter names that stay as they are, as "blocks.[0-9].*"
     caption_dropout: float = 0.1
     ema: float = 0.9999  # decay per step

@@ -78,13 +78,15 @@ class Agreement:
 
 def lost_process(error: RuntimeError, timeout: float) -> LostProcess | None:
     """What an error of torch.distributed means if it came from another process that ended or hangs."""
-    text = str(error)
+    text = " ".join(str(error).split())
     known = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", text)
-    if not known:
+    if known and re.search(r"[Tt]imed ?out|[Tt]imeout", text):
+        what = f"another process did not answer for {timeout:g} s (train.timeout): it is stuck or slow"
+    elif known and re.search(r"Connection (closed|reset)|Broken pipe|ncclRemoteError|remote process", text):
+        what = "another process of this job has ended; what it said above, or its log, tells why"
+    else:  # of this process itself, as a GPU that is taken or out of memory: told as it is
         return None
-    if re.search(r"[Tt]imed ?out|[Tt]imeout", text):
-        return LostProcess(f"another process did not answer for {timeout:g} s (train.timeout): it is stuck or slow")
-    return LostProcess("another process of this job has ended; what it said above, or its log, tells why")
+    return LostProcess(f"{what} ({text[:300]})")
 
 
 # ------------------------------------------------------------------------------------------------ sharded models
@@ -97,15 +99,15 @@ def world_of_one(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def shard(model: PixArt, device: torch.device, param_dtype: torch.dtype | None = None, *, trained: bool = True) -> None:
-    """Shard a model in place over all processes, block by block (FSDP2); the parts that are kept stay fp32.
+def shard(model: PixArt, device: torch.device, *, trained: bool = True) -> None:
+    """Shard a model in place over all processes, block by block (FSDP2).
 
-    A block's weights are gathered where it runs, in `param_dtype` if given; gradients are reduced in fp32. Inputs are
-    left as they are: times and positions must stay fp32, and autocast sees to the rest.
+    A block's weights are gathered where it runs, in fp32, and autocast sees to the rest, as without sharding: gathered
+    in bf16, the tables of adaLN would make the whole residual stream bf16, and the output errs three times as much.
     """
     world_of_one(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # a model that is never trained has no backward pass that would take its outer layers apart again

@@ -73,7 +73,9 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
 
             step = progress.step
             if _due(step, config.train.log_every, steps):
-                window.read(progress, watch.say)
+                begun = time.perf_counter()
+                window.read(progress, watch.say)  # here a GPU is waited for
+                progress.seconds += time.perf_counter() - begun
                 _note_unreadable(session, window.take_problems(), watch)
                 lr = learning_rate(config.optimizer, step - 1, steps, config.train.batch_size)
                 watch.log(progress, lr, saver.take_stall())

@@ -38,7 +38,8 @@ FREE_TO_CHANGE = {
     "output", "resume", "sample", "prompts", "evaluate", "extract", "train.steps", "train.accumulation",
     "train.compile", "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every",
     "train.save_every", "train.keep", "train.trackers", "train.peak_tflops", "train.parallel", "train.timeout",
-    "train.on_save_error", "optimizer.skip_above", "data.workers", "data.cache", "data.folder", "data.features",
+    "train.on_save_error", "train.deterministic", "optimizer.skip_above", "data.workers", "data.cache", "data.folder",
+    "data.features",
 }  # fmt: skip
 
 
@@ -93,6 +94,9 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     check_trackers(config.train.trackers)
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums with it alone
+    torch.use_deterministic_algorithms(config.train.deterministic)
     # a process may train more than once, in another precision and with new groups of processes
     AcceleratorState._reset_state(reset_partial_state=True)
     # on a GPU the words between hosts must be the first to run out of time: they make a message, NCCL ends the process
@@ -106,7 +110,7 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
             log_with=list(config.train.trackers) or None,
             project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=patience)),
             ],
         )
@@ -188,7 +192,7 @@ def build_state(
         model.compile_blocks()
     freeze(model, config.train.freeze)
     if config.train.parallel == "fsdp":  # accelerate's own way knows no CPU, and its prepare_model no sharded model
-        shard(model, accelerator.device, torch.bfloat16 if config.train.mixed_precision == "bf16" else None)
+        shard(model, accelerator.device)
         shard(ema, accelerator.device, trained=False)
         wrapped = model
     else:

@@ -111,9 +111,10 @@ class Watch:
         """Mean TFLOP/s of a device, the most memory of one, and sums and counts of losses by quarter of the times."""
         device = self.accelerator.device
         quarters = sum((result.quarters for result in applied), torch.zeros(2, 4, device=device))
-        own = torch.tensor([self.flops / seconds / 1e12, memory_gb(device)], device=device)
+        own = torch.tensor([self.flops / 1e12, memory_gb(device)], device=device)
         everyones = self.accelerator.gather(torch.cat([own, quarters.flatten()])[None])  # (processes, 10)
-        return everyones[:, 0].mean().item(), everyones[:, 1].max().item(), everyones[:, 2:].sum(0).view(2, 4)
+        # the main process's seconds: others wait for it within a step while it samples, and leave that out of nothing
+        return everyones[:, 0].mean().item() / seconds, everyones[:, 1].max().item(), everyones[:, 2:].sum(0).view(2, 4)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to the trackers."""
