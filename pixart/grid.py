@@ -1,6 +1,7 @@
 """Pictures of pictures: labelled contact sheets."""
 
 import textwrap
+import unicodedata
 from collections.abc import Collection, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -41,8 +42,13 @@ def contact_sheet(
             enlarge = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
             sheet.paste(image.resize(size, enlarge), (left, top))
             top += room
-        lines = textwrap.wrap(label, width=max(side // 6, 4), max_lines=LABEL_LINES, placeholder="…")
+        lines = textwrap.wrap(_plain(label), width=max(side // 6, 4), max_lines=LABEL_LINES, placeholder="…")
         for line in lines:
             draw.text((left + 1, top + 1), line, fill="red" if i in red else "black", font=font)
             top += LINE
     return sheet
+
+
+def _plain(text: str) -> str:
+    """Letters without their accents, which the font that comes with Pillow does not have."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))

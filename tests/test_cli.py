@@ -88,6 +88,11 @@ def test_a_contact_sheet_shows_every_picture_whole_and_a_label_below():
     assert (sheet[top + 96 : top + 120, left : left + 96] != 255).any()  # the label
 
 
+def test_a_label_with_accents_is_readable():
+    one, other = (np.asarray(contact_sheet([[tile("red")]], [label])) for label in ("Réunion, Côte", "Reunion, Cote"))
+    assert (one == other).all()
+
+
 def test_a_contact_sheet_stacks_the_pictures_of_a_cell_and_enlarges_without_smoothing():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     sheet = np.asarray(contact_sheet([[Image.fromarray(pixels), tile("red", (32, 64))]], [""]))

@@ -28,7 +28,6 @@ from pixart.pipeline import encode_null
 from pixart.seeds import derive_seed
 from pixart.train.config import TrainConfig
 
-
 MANY_CAPTIONS = 10_000  # for each process of several to encode
 
 
@@ -103,8 +102,8 @@ def load_pictures(config: TrainConfig, accelerator: Accelerator) -> Data:
     report = [f"data {data.folder}:", found.describe(), *describe_split(config, len(train), len(held_out))]
     if accelerator.num_processes > 1 and len(texts) > MANY_CAPTIONS:
         report.append(
-            f"warning: each of {accelerator.num_processes} processes encodes and holds all {len(texts)} captions at every "
-            "start; scripts/extract.py encodes them once for all (data.features)"
+            f"warning: each of {accelerator.num_processes} processes encodes and holds all {len(texts)} captions at "
+            "every start; scripts/extract.py encodes them once for all (data.features)"
         )
     if cut:
         report.append(f"{cut} of {len(texts)} captions are longer than {config.text.length} tokens and are cut")
