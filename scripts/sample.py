@@ -4,10 +4,10 @@ import argparse
 
 import torch
 
-from pixart import cli
+from pixart import Pipeline, cli
 from pixart.config import override
 from pixart.model import PixArtConfig
-from pixart.pipeline import Pipeline, save_samples
+from pixart.samples import save_samples
 
 
 def main() -> None:

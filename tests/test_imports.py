@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     room: floor
     for floor, rooms in [
-        (6, "benchmark"), (5, "evaluate"), (4, "train"), (3, "pipeline extract captioner"), (2.5, "generate"),
+        (6, "benchmark"), (5, "evaluate"), (4, "train"), (3.5, "samples"), (3, "pipeline extract captioner"),
+        (2.5, "generate"),
         (2, "checkpoint data"), (1, "model diffusion"), (0, "config captions buckets cli grid disk"),
         (-1, "errors heap seeds"),
     ] for room in rooms.split()

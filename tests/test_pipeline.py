@@ -18,7 +18,8 @@ from pixart.generate import choose_size, encode_null, official_sizes, resize_and
 from pixart.model import PRESETS
 from pixart.model.autoencoder import AutoencoderConfig, IdentityAutoencoder
 from pixart.model.text import TextConfig, TextEncoder
-from pixart.pipeline import Pipeline, save_samples
+from pixart.pipeline import Pipeline
+from pixart.samples import save_samples
 from runs import ROOT, make_text_encoder
 from test_model_diffusers import in_diffusers
 from toy import relative, tiny_model

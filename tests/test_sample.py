@@ -17,7 +17,8 @@ from pixart.evaluate.retrieval import nearest_pictures
 from pixart.model import PixArtConfig
 from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.text import TextConfig
-from pixart.pipeline import Pipeline, sample_latents, save_samples
+from pixart.pipeline import Pipeline, sample_latents
+from pixart.samples import save_samples
 from pixart.train.loop import train
 from runs import build, make_pictures, run_script, settings
 from toy import TINY, relative, tiny_model

@@ -96,7 +96,7 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
         raise InputError("train.mixed_precision fp16 needs a GPU; take bf16 or no on this machine")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums with it alone
-    torch.use_deterministic_algorithms(config.train.deterministic)
+        torch.use_deterministic_algorithms(True)
     # a process may train more than once, in another precision and with new groups of processes
     AcceleratorState._reset_state(reset_partial_state=True)
     # on a GPU the words between hosts must be the first to run out of time: they make a message, NCCL ends the process
