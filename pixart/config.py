@@ -190,12 +190,12 @@ def _override_all(settings: _Settings, overrides: Sequence[str]) -> None:
     for text in overrides:
         section, _, last = text.partition("=")[0].rpartition(".")
         if section and last == "preset":
-            _override(settings, f"{section}={{}}")
+            _override(settings, f"{section}={{}}", f"override {text}, which starts {section} anew")
     for text in overrides:
         _override(settings, text)
 
 
-def _override(settings: _Settings, override: str) -> None:
+def _override(settings: _Settings, override: str, place: str | None = None) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise InputError(f"override '{override}': expected key=value, as in train.steps=100")
@@ -207,7 +207,7 @@ def _override(settings: _Settings, override: str) -> None:
             settings.places[section] = f"override {override}"
         settings = settings[section]
     settings[last] = value
-    settings.places[last] = f"override {override}"
+    settings.places[last] = place or f"override {override}"
 
 
 def _convert(value: Any, hint: Any, name: str, place: str, start: Any = None) -> Any:

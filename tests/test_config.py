@@ -233,6 +233,12 @@ def test_a_preset_of_a_later_layer_takes_the_place_of_the_section_below(write):
     assert load_config(TrainConfig, write("base: base.yaml\n"), overrides[::-1]).model == expected
 
 
+def test_what_a_preset_takes_away_is_missed_by_its_name(write):
+    path = write(MINIMAL + "model: {learn_sigma: false}\ndiffusion: {schedule: flow, prediction: x0}\n")
+    text = error(TrainConfig, path, ["model.preset=S/2"])
+    assert text.startswith("override model.preset=S/2, which starts model anew: model.learn_sigma must be off")
+
+
 @pytest.mark.parametrize(("text", "word"), [("no", "no"), ("off", "no"), ("yes", "yes"), ("'no'", "no"), ("3", 3)])
 def test_words_that_yaml_takes_for_truth_values_are_words_where_they_are_expected(write, text, word):
     if text == "off":  # is no word of this field
