@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from pixart.errors import InputError, LostProcess
@@ -62,6 +63,14 @@ def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
     if rank is None or ranks is None or not 0 <= rank < ranks:
         raise InputError(f"rank: got {rank} of {ranks}, expected both, from 0 of 1 on")
     return rank, ranks
+
+
+def find_device() -> torch.device:
+    """This process's GPU, if there is any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(place) % torch.cuda.device_count())
 
 
 def read_settings(texts: Sequence[str]) -> dict[str, Any]:

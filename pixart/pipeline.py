@@ -163,7 +163,7 @@ class Pipeline:
         self, config: SampleConfig | None = None, *, steps: int | None = None, guidance: float | None = None,
         sampler: str | None = None,
     ) -> SampleConfig:  # fmt: skip
-        """With what a call samples: the given ones, else those of `config` or the card, else the sampler's defaults."""
+        """The settings that a call samples with: those given, else `config`'s or the card's, else the sampler's own."""
         given = {"steps": steps, "guidance": guidance, "sampler": sampler}
         given = {name: value for name, value in given.items() if value is not None}
         return resolve(replace(config or self.card.sample, **given), make_schedule(self.card.diffusion))

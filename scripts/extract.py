@@ -11,7 +11,7 @@ from pixart import cli
 from pixart.config import load_config
 from pixart.data.store import verify
 from pixart.errors import InputError
-from pixart.extract import Share, convert_official, extract, find_device, summarize
+from pixart.extract import Share, convert_official, extract, summarize
 from pixart.train.config import TrainConfig
 from pixart.train.data import run_table
 
@@ -38,7 +38,7 @@ def main() -> int:
     if arguments.official:
         result = convert_official(arguments.official, *sections, **common)
     else:
-        result = extract(*sections, prompts=config.prompts, device=find_device(), **common)
+        result = extract(*sections, prompts=config.prompts, device=cli.find_device(), **common)
     print(summarize(result))
     return 0
 

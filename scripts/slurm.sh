@@ -44,8 +44,7 @@ task() {  # one process; its 75 becomes a file, as srun kills the others when th
     process=$!
     ended "$process"
     local code=$?
-    if [ "$code" -eq 75 ]; then
-        touch "$AGAIN"
+    if [ "$code" -eq 75 ] && touch "$AGAIN"; then
         exit 0
     fi
     exit "$code"
@@ -57,9 +56,9 @@ trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1  # to the processes, not to th
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c 'task "$@"' _ "$@" &
 ended $!
 code=$?
-if [ "$code" -eq 0 ] && [ -e "$AGAIN" ]; then
-    rm -f "$AGAIN"
+[ -e "$AGAIN" ] && [ "$code" -eq 0 ] && code=75
+rm -f "$AGAIN"
+if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
-    exit 75
 fi
 exit "$code"

@@ -132,7 +132,7 @@ def test_the_largest_batch_is_one_that_fits(limit, expected):
     assert largest_batch(lambda size: size <= limit) == expected
 
 
-def test_a_batch_that_does_not_fit_is_found_out_and_what_it_took_is_freed(monkeypatch):
+def test_a_batch_that_does_not_fit_is_found_out(monkeypatch):
     held = []
 
     def case(settings):

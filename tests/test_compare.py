@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_the_table_has_what_the_runs_logged_and_names_what_differs(runs):
     assert not [row for row in rows[4:] if row[0] == "output"]
     assert "measure another thing in each of these runs (diffusion.weighting differ)" in text
     assert "parameters" in head
+
+
+def test_runs_on_other_pictures_are_said_to_be(runs, tmp_path):
+    other = tmp_path / "c"
+    shutil.copytree(runs[0], other)
+    assert "other pictures" not in compare_runs([runs[0], other])
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("flip: false", "flip: true"))
+    assert "captions in each of these runs (data.flip differ)" in compare_runs([runs[0], other])
+    (other / "config.yaml").write_text(text)
+    history = (other / "history.jsonl").read_text()
+    (other / "history.jsonl").write_text(history.replace('"samples": "', '"samples": "x'))
+    assert "runs (the fingerprints in history.jsonl differ)" in compare_runs([runs[0], other])
 
 
 def test_one_run_and_equal_runs_have_no_table_of_differences(runs):

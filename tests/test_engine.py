@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pixart.train.loop as loop_module
@@ -349,6 +350,14 @@ def test_only_errors_of_other_processes_are_taken_for_such():
     late = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation"
     assert "did not answer for 9 s" in str(lost_process(RuntimeError(late), 9))
     assert late in str(lost_process(RuntimeError(late), 9)), "and what torch said"
+    for gone in (
+        dist.DistNetworkError(
+            "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"
+        ),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:144] connect: Connection refused"),
+        RuntimeError("NCCL communicator was aborted on rank 1."),
+    ):
+        assert "has ended" in str(lost_process(gone, 9))
     for own in (
         "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage, Duplicate GPU detected : rank 1 and rank 0",
         "NCCL error: ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'",
@@ -378,14 +387,18 @@ def test_a_sharded_run_in_bf16_gives_the_numbers_of_one_that_is_not(base):
         assert row["loss"] == pytest.approx(reference["loss"], rel=1e-4)
 
 
-def test_deterministic_kernels_change_no_number_on_a_cpu(base):
+def test_deterministic_kernels_change_no_number_on_a_cpu_and_are_of_one_run(base, monkeypatch):
     plain = train(build(base)).run
+    original, seen = loop_module.train_step, []
+
+    def step(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return original(*arguments)
+
+    monkeypatch.setattr(loop_module, "train_step", step)
+    run = train(build(base, train__deterministic=True, output=f"{base['output']}_same")).run
+    assert seen == [True] * 6
     assert not torch.are_deterministic_algorithms_enabled()
-    try:
-        run = train(build(base, train__deterministic=True, output=f"{base['output']}_same")).run
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(plain)]
 
 
@@ -456,10 +469,11 @@ def test_the_slurm_script_goes_back_into_the_queue_after_a_signal_alone(tmp_path
              "SLURM_JOB_NODELIST": "node[7-8]", "END": end},
     )  # fmt: skip
     deadline = time.monotonic() + 20
-    while end == "signal" and len(list(tmp_path.glob("task?.txt"))) < 3 and time.monotonic() < deadline:
+    started = [tmp_path / name for name in ("task0.txt", "task1.txt", "task2.txt", "pid")] * (end == "signal")
+    while not all(path.exists() and path.read_text() for path in started):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     if end == "signal":
-        time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) == code
     for rank in (0, 1, 2) if end != "crash" else ():

@@ -50,6 +50,8 @@ def test_the_x_axis_is_interpolated_where_a_row_has_no_place(tmp_path):
     run = make_run(tmp_path / "a", rows)
     assert read_curves(run, "images") == {"loss": ([40, 80], [3, 1]), "validation_error": ([60], [2])}
     assert read_curves(run, "gpu_hours")["validation_error"] == ([pytest.approx(0.6)], [2])
+    with pytest.raises(InputError, match="no row has 'images'"):
+        read_curves(make_run(tmp_path / "b", [{"step": 1, "loss": 1.0}]), "images")
     with pytest.raises(InputError, match="x: got 'time', expected one of step, images, gpu_hours"):
         plot_runs([run], tmp_path / "p.png", x="time")
 
@@ -64,7 +66,7 @@ def test_runs_of_different_kinds_are_drawn_into_one_png(tmp_path, log_x):
         assert (abs(image.astype(int) - colour).max(1) < 8).sum() > 200
 
 
-def testname_runs_are_the_shortest_that_tell_runs_apart():
+def test_names_are_the_shortest_that_tell_runs_apart():
     assert name_runs(["runs/a", "runs/b/"]) == ["a", "b"]
     assert name_runs(["x/a", "y/a"]) == ["x/a", "y/a"]
     with pytest.raises(InputError, match="named twice"):

@@ -131,7 +131,7 @@ def test_everything_missing_is_told_at_once_before_any_work(base, tmp_path):
                     vae={"kind": "kl", "source": str(tmp_path / "vae")}, model__in_channels=4, model__latent_size=1,
                     data__folder=str(tmp_path / "none"), model__patch_size=1))  # fmt: skip
     lines = str(caught.value).split("\n")
-    assert lines[0] == "4 things are missing:"
+    assert lines[0] == "4 things are missing or wrong:"
     assert [line.split(":")[0].strip() for line in lines[1:]] == MISSING
     assert not (tmp_path / "run").exists()
 

@@ -11,6 +11,7 @@ from pixart.checkpoint.start import is_dit, start_from, start_from_dit, start_fr
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
+from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.embed import sinusoid
 from pixart.train.check import check_sources
 from pixart.train.loop import train
@@ -169,8 +170,16 @@ def test_what_shapes_do_not_show_is_refused_or_said(tmp_path):
     with pytest.raises(InputError, match="those of 4 heads"):
         start_from(fresh(num_heads=8), str(tmp_path / "transformer"))
     torch.save(dit_weights(384, 1), tmp_path / "dit.pt")
-    with pytest.raises(InputError, match=r"those of 6 heads, model\.num_heads is 4"):
-        start_from(fresh(hidden_size=384, depth=1), str(tmp_path / "dit.pt"))
+    notes = start_from(fresh(hidden_size=384, depth=1), str(tmp_path / "dit.pt"))
+    assert notes[0] == "model.num_heads: 4 here; released models of width 384 have 6, the file tells none"
+
+
+def test_an_official_export_with_heads_of_its_own_says_so_by_its_card(tmp_path):
+    source = fresh(hidden_size=384, num_heads=4)
+    save(source, ModelCard(source.config, vae=AutoencoderConfig("kl", "x")), tmp_path / "own.pth", "official")
+    assert start_from(fresh(hidden_size=384, num_heads=4), str(tmp_path / "own.pth")) == []
+    with pytest.raises(InputError, match=r"those of 4 heads, model\.num_heads is 6; set it to 4"):
+        start_from(fresh(hidden_size=384, num_heads=6), str(tmp_path / "own.pth"))
 
 
 def test_weights_that_do_not_fit_or_are_not_finite_are_refused_before_any_work(tmp_path):

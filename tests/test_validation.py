@@ -61,3 +61,14 @@ def test_runs_of_any_prediction_are_validated_alike(base):
     assert found[0]["validation_error"] == pytest.approx(found[1]["validation_error"], rel=1e-6)
     assert found[0]["validation_error"] == pytest.approx(found[2]["validation_error"], rel=1e-6)
     assert found[0]["validation_loss"] != found[2]["validation_loss"]
+
+
+def test_a_network_that_says_zero_for_the_velocity_is_validated_by_hand(base):
+    config = build(base, diffusion={"schedule": "flow", "prediction": "velocity"}, data__validation=0.4)
+    session = start(config)
+    found, held_out = validate(session, config), session.data.held_out
+    batch = collate([held_out.dataset[-1, j] for j in range(len(held_out))], length=config.text.length)
+    for ratio in RATIOS:  # the clean picture is then taken to be x itself
+        sigma = ratio / (1 + ratio)
+        error = (sigma * (batch.noise - batch.pixels)).square().mean().item()
+        assert found[f"validation_error_{ratio:g}"] == pytest.approx((1 + ratio**-2) * error, rel=1e-5)

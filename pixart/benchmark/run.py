@@ -64,6 +64,8 @@ def _sized(name: str, settings: Settings) -> Settings:
     """The settings with a number in place of "largest"."""
     if settings.batch != "largest":
         return settings
+    if name in ("optimizer", "load"):
+        raise InputError(f"batch largest: case {name} has no pictures")
     return replace(settings, batch=largest_batch(lambda batch: _fits(name, settings, batch)))
 
 

@@ -116,7 +116,7 @@ def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] 
         what = "does not fit the model of its config"
     else:
         evidence = examine(state, found.name)
-        card = found.card or _card_inside(found)
+        card = found.card or card_inside(found)
         if card is not None:
             for name, value in evidence.fields.items():
                 if to_dict(getattr(card.model, name)) != to_dict(value):
@@ -189,7 +189,8 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in POSITIONS.values()}
 
 
-def _card_inside(found: Found) -> ModelCard | None:
+def card_inside(found: Found) -> ModelCard | None:
+    """The card that our export to the authors' format puts into the file where its tensors alone would mislead."""
     text = found.weights.card_text()
     if text is None:
         return None

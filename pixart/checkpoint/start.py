@@ -9,7 +9,7 @@ from torch import Tensor
 from pixart.checkpoint.detect import check_floats, examine
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import diffusers_parts
-from pixart.checkpoint.load import non_finite
+from pixart.checkpoint.load import card_inside, non_finite
 from pixart.checkpoint.locate import Found, locate
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
@@ -42,28 +42,30 @@ def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: Diffu
             table = diffusers_parts(evidence.fields["depth"], micro_conditions=evidence.fields["micro_conditions"])
             side = {_NULL: state[_NULL]} if _NULL in state else {}  # from our export's side file
             state = {name: torch.cat([state[part] for part in parts]) for name, parts in table.items()} | side
-    _check_heads(model, found, state)
+    card = found.card or card_inside(found)
+    notes = _check_heads(model, found, card, state)
     if dit:
-        return start_from_dit(model, state)
-    notes = [] if found.card is None else _differences(found.card, model.config, diffusion)
+        return notes + start_from_dit(model, state)
+    if card is not None:
+        notes += _differences(card, model.config, diffusion)
     return notes + start_from_pixart(model, state)
 
 
-def _check_heads(model: PixArt, found: Found, state: Mapping[str, Tensor]) -> None:
-    """Refuse another number of heads, which no shape shows; it is by the card, diffusers' settings, or the width."""
-    width = model.config.hidden_size
-    released = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
-    heads = released.get(width) if found.kind == "foreign" else None
-    if found.settings is not None:
-        heads = found.settings.get("num_attention_heads", heads)
-    if found.card is not None:
-        heads = found.card.model.num_heads
-    same_width = len(state.get("t_embedder.mlp.2.bias", ())) == width
-    if same_width and heads is not None and heads != model.config.num_heads:
+def _check_heads(model: PixArt, found: Found, card: ModelCard | None, state: Mapping[str, Tensor]) -> list[str]:
+    """Refuse another number of heads, which no shape shows, than card or settings tell. Where they do not, a note says
+    if it is not that of the released models of this width."""
+    width, heads = model.config.hidden_size, model.config.num_heads
+    if len(state.get("t_embedder.mlp.2.bias", ())) != width:  # which is refused for its shapes
+        return []
+    told = card.model.num_heads if card else (found.settings or {}).get("num_attention_heads")
+    if told is not None and told != heads:
         raise InputError(
-            f"{found.name}: its weights are those of {heads} heads, model.num_heads is {model.config.num_heads}; "
-            f"set it to {heads}"
+            f"{found.name}: its weights are those of {told} heads, model.num_heads is {heads}; set it to {told}"
         )
+    released = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}.get(width)
+    if told is None and released not in (None, heads):
+        return [f"model.num_heads: {heads} here; released models of width {width} have {released}, the file tells none"]
+    return []
 
 
 def _differences(card: ModelCard, config: PixArtConfig, diffusion: DiffusionConfig | None) -> list[str]:

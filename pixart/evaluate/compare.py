@@ -13,10 +13,12 @@ from pixart.evaluate.plots import name_runs
 from pixart.model import PixArt
 from pixart.model.flops import forward_flops
 from pixart.train.config import TrainConfig
+from pixart.train.history import FILE
 from pixart.train.report import METRICS, last_and_best, read_rows
 
 # keys in which runs differ without being other experiments
 QUIET = ("output", "resume", "prompts", "data.workers", "data.cache", "train.trackers", "train.timeout", "train.keep")
+OF_PICTURES = ("seed", "data.", "vae.", "text.", "model.in_channels")  # what validation is done on
 COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
            "validation_error", "its best, at step")  # fmt: skip
 
@@ -42,8 +44,14 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
             f"\nloss and validation_loss measure another thing in each of these runs ({', '.join(measured)} differ): "
             "compare validation_error"
         )
-    if other := [key for key in differing if key in ("seed", "data.folder", "data.features", "data.validation")]:
-        lines.append(f"\nthese runs may hold out other pictures ({', '.join(other)} differ)")
+    other = [key for key in differing if key.startswith(OF_PICTURES)]
+    if len({_samples(Path(run)) for run in runs}) > 1:
+        other.append("the fingerprints in history.jsonl")
+    if other:
+        lines.append(
+            "\nvalidation_error may be of other pictures, latents or captions in each of these runs "
+            f"({', '.join(other)} differ), and then it cannot be compared either"
+        )
     return "\n".join(lines)
 
 
@@ -51,6 +59,11 @@ def _config(run: Path) -> TrainConfig:
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: there is no config.yaml in it; expected a run's folder")
     return load_config(TrainConfig, run / "config.yaml")
+
+
+def _samples(run: Path) -> str | None:
+    """The fingerprint of what a run was trained on last."""
+    return next((row["samples"] for row in reversed(list(read_rows(run / FILE))) if "samples" in row), None)
 
 
 def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:

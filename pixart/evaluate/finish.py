@@ -2,9 +2,9 @@
 
 import os
 
+from pixart.cli import find_device
 from pixart.data.openmoji import ATTRIBUTION
 from pixart.evaluate.retrieval import retrieval
-from pixart.extract.run import find_device
 from pixart.pipeline import Pipeline
 from pixart.train.config import TrainConfig
 from pixart.train.loop import RunResult

@@ -72,8 +72,10 @@ def read_curves(run: Path, x: str = "step") -> dict[str, Curve]:
     rows = list(read_rows(path))
     known = [(row["step"], row[x]) for row in rows if x in row]
     curves: dict[str, Curve] = {}
-    for row in rows if known else []:
-        place = float(np.interp(row["step"], *zip(*known, strict=True)))
+    if rows and not known:
+        raise InputError(f"{path}: no row has '{x}'; take another axis, as step")
+    found = np.interp([row["step"] for row in rows], *zip(*known, strict=True)).tolist() if known else []
+    for row, place in zip(rows, found, strict=True):
         for key in PANELS.keys() & row.keys():
             places, values = curves.setdefault(key, ([], []))
             places.append(place)

@@ -8,12 +8,11 @@ from pixart.extract.run import (
     autoencoder_fingerprint,
     encoder_dtype,
     extract,
-    find_device,
     fingerprint,
     summarize,
 )  # fmt: skip
 
 __all__ = [
     "ExtractConfig", "Result", "Share", "autoencoder_fingerprint", "convert_official", "encoder_dtype", "extract",
-    "find_device", "fingerprint", "summarize",
+    "fingerprint", "summarize",
 ]  # fmt: skip

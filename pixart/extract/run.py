@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,14 +185,6 @@ def _write_prompts(path: Path, encoder: TextEncoder, encode, prompts: Sequence[s
 def _has_prompts(folder: Path, prompts: Sequence[str]) -> bool:
     note = read_note(folder / PROMPTS)
     return is_sealed(folder / PROMPTS) and note["prompts"] == digest_text("\n".join(sorted(set(prompts))))
-
-
-def find_device() -> torch.device:
-    """This process's GPU, if there is any."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return torch.device("cuda", int(place) % torch.cuda.device_count())
 
 
 def summarize(result: Result) -> str:

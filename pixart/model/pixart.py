@@ -115,7 +115,9 @@ class PixArt(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        seed = int(torch.randint(2**62, (), device="cpu"))  # before the layers take a number of them that differs
+        fresh = torch.get_default_device().type != "meta"  # else to be loaded into: nothing to draw or initialise
+        # before the layers draw, whose number differs from idea to idea
+        seed = int(torch.randint(2**62, (), device="cpu")) if fresh else 0
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, dim, config.patch_size)
         self.t_embedder = NumberEmbedder(dim)
@@ -132,7 +134,7 @@ class PixArt(nn.Module):
             for i in range(config.depth)
         )  # fmt: skip
         self.final_layer = FinalLayer(dim, config.patch_size**2 * config.out_channels)
-        if not self.x_embedder.proj.weight.is_meta:  # to be loaded into: nothing to initialise
+        if fresh:
             self.initialize_weights(seed)
         self.register_load_state_dict_pre_hook(_take_out_positions)
 

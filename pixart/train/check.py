@@ -21,7 +21,7 @@ from pixart.train.freeze import match_names
 
 
 def check_sources(config: TrainConfig) -> None:
-    """Look for the pictures, the text encoder, the VAE and the weights to start from; only these are read whole.
+    """Look for the pictures, the text encoder, the VAE and the weights to start from, of which all are read.
 
     Raises:
         InputError: what is missing, a line each; or `train.freeze` does not fit the model.
@@ -48,7 +48,7 @@ def check_sources(config: TrainConfig) -> None:
         except InputError as error:
             missing.append(f"{key}: {error}")
     if missing:
-        several = f"{len(missing)} things are missing:\n  " if len(missing) > 1 else ""
+        several = f"{len(missing)} things are missing or wrong:\n  " if len(missing) > 1 else ""
         raise InputError(several + "\n  ".join(missing))
 
 

@@ -28,7 +28,7 @@ from pixart.pipeline import encode_null
 from pixart.seeds import derive_seed
 from pixart.train.config import TrainConfig
 
-MANY_CAPTIONS = 10_000  # for each process of several to encode
+MANY_CAPTIONS = 10_000  # above this, several processes that each encode them all are warned
 
 
 @dataclass

@@ -76,13 +76,20 @@ class Agreement:
         return tuple(posted[1].bool().tolist())
 
 
+# what torch, gloo and NCCL say when another process is gone; DistNetworkError is of the store, which process 0 holds
+_ENDED = (
+    r"Connection (closed|reset|refused)|likely closed|Broken pipe|got 0 bytes|ncclRemoteError|remote process"
+    r"|communicator was aborted"
+)
+
+
 def lost_process(error: RuntimeError, timeout: float) -> LostProcess | None:
     """What an error of torch.distributed means if it came from another process that ended or hangs."""
     text = " ".join(str(error).split())
     known = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", text)
     if known and re.search(r"[Tt]imed ?out|[Tt]imeout", text):
         what = f"another process did not answer for {timeout:g} s (train.timeout): it is stuck or slow"
-    elif known and re.search(r"Connection (closed|reset)|Broken pipe|ncclRemoteError|remote process", text):
+    elif known and re.search(_ENDED, text):
         what = "another process of this job has ended; what it said above, or its log, tells why"
     else:  # of this process itself, as a GPU that is taken or out of memory: told as it is
         return None

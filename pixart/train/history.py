@@ -7,18 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pixart.config import dump_yaml
+from pixart.disk import write_file
 from pixart.train.config import TrainConfig
 from pixart.train.data import Data
 from pixart.train.optimizer import learning_rate
 from pixart.train.report import append_line, read_rows
 
-FILE = "history.jsonl"
+FILE, CONFIG = "history.jsonl", "config.yaml"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now
 QUIET = ("output", "resume", "data.workers", "data.cache")  # change nothing that a run is
 
 
 def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data: Data, processes: int) -> list[str]:
-    """Add a line for this start at `step`; the main process alone calls it.
+    """Add a line for this start at `step`, and make its configuration the run's; the main process alone calls it.
 
     Returns:
         what its user should know of changes, a line each.
@@ -27,8 +29,8 @@ def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data
     notes = [f"changed: {key} {before!r} → {now!r}" for key, (before, now) in told.items()]
     if "train.steps" in changes and config.optimizer.schedule != "constant":
         notes.append(_of_learning_rate(config, step, changes["train.steps"][0]))
-    before = [row for row in read_rows(run / FILE) if "samples" in row]
-    if step and before and before[-1]["samples"] != data.fingerprint:
+    before = [row for row in read_rows(run / FILE) if "samples" in row and row["step"] < step]  # those that trained
+    if before and before[-1]["samples"] != data.fingerprint:
         notes.append(
             f"warning: the training data are not those of the steps so far ({before[-1]['images']} images then, "
             f"{len(data.train)} now); the run goes on with them, and {FILE} says so"
@@ -38,9 +40,10 @@ def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data
         "images": len(data.train), "samples": data.fingerprint, "changed": told,
     }  # fmt: skip
     try:
+        write_file(run / CONFIG, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))
         append_line(run / FILE, json.dumps(row))
     except OSError as error:
-        notes.append(f"warning: {run / FILE} could not be written ({error}); training goes on")
+        notes.append(f"warning: {CONFIG} or {FILE} in {run} could not be written ({error}); training goes on")
     return notes
 
 

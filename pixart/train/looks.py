@@ -79,7 +79,8 @@ def draw_samples(session: Session, config: TrainConfig) -> Path | None:
             )
         images = to_images(decode(session.autoencoder, latents.to(accelerator.device)))
     except torch.OutOfMemoryError:
-        accelerator.print("warning: no memory is left to draw samples in; training goes on without them")
+        accelerator.print("\nwarning: no memory is left to draw samples in; training goes on without them")
+        torch.cuda.empty_cache()
         return None
     sheet = contact_sheet([[image] for image in images], list(config.prompts))
     path = session.run / "samples" / f"step_{state.progress.step:08d}.png"

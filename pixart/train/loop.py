@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from pixart.data.dataset import Batch
 from pixart.data.images import check_unreadable
 from pixart.errors import InputError
@@ -36,6 +38,7 @@ def train(config: TrainConfig) -> RunResult:
             could not be applied, more than 1 % unreadable images, or a last save that failed, later.
         LostProcess: another process of the job ended or hangs.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
     with StopSignal() as stop:
         try:
             return _run(start(config), config, stop)
@@ -43,6 +46,8 @@ def train(config: TrainConfig) -> RunResult:
             if lost := lost_process(error, config.train.timeout):
                 raise lost from error
             raise
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:

@@ -27,7 +27,7 @@ from pixart.train.data import Data, load_data, make_batches
 from pixart.train.distributed import Processes, check_sharded, shard
 from pixart.train.ema import make_ema
 from pixart.train.freeze import freeze
-from pixart.train.history import Changes, note_start
+from pixart.train.history import CONFIG, Changes, note_start
 from pixart.train.optimizer import make_optimizer
 from pixart.train.saver import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
@@ -129,7 +129,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
         InputError: `resume: never` meets a run; or the folder holds a run with another configuration.
     """
     run = Path(config.output)
-    stored = run / "config.yaml"
+    stored = run / CONFIG
     checkpoint = processes.gather(newest_checkpoint(run, print) if processes.rank == 0 else None)[0]
     changes: dict[str, tuple] = {}
     if stored.exists():
@@ -151,7 +151,9 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             remove_partial(run)
-            write_file(stored, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))
+            # a run that goes on keeps its configuration until it does; writing it shows whether the disk takes it
+            text = dump_yaml(config) if checkpoint is None else stored.read_text(encoding="utf-8")
+            write_file(stored, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
             problem = str(error)
     if problem := processes.gather(problem)[0]:

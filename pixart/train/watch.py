@@ -113,7 +113,7 @@ class Watch:
         quarters = sum((result.quarters for result in applied), torch.zeros(2, 4, device=device))
         own = torch.tensor([self.flops / 1e12, memory_gb(device)], device=device)
         everyones = self.accelerator.gather(torch.cat([own, quarters.flatten()])[None])  # (processes, 10)
-        # the main process's seconds: others wait for it within a step while it samples, and leave that out of nothing
+        # the main process's seconds: the others wait inside a step while it samples, so theirs include its pause
         return everyones[:, 0].mean().item() / seconds, everyones[:, 1].max().item(), everyones[:, 2:].sum(0).view(2, 4)
 
     def write(self, step: int, values: dict[str, float]) -> None:
