@@ -13,11 +13,11 @@ from pixart.evaluate.plots import name_runs
 from pixart.model import PixArt
 from pixart.model.flops import forward_flops
 from pixart.train.config import TrainConfig
-from pixart.train.history import FILE
+from pixart.train.history import FILE, QUIET
 from pixart.train.report import METRICS, last_and_best, read_rows
 
 # keys in which runs differ without being other experiments
-QUIET = ("output", "resume", "prompts", "data.workers", "data.cache", "train.trackers", "train.timeout", "train.keep")
+ALSO_QUIET = (*QUIET, "prompts", "train.trackers", "train.timeout", "train.keep")
 OF_PICTURES = ("seed", "data.", "vae.", "text.", "model.in_channels")  # what validation is done on
 COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
            "validation_error", "its best, at step")  # fmt: skip
@@ -34,7 +34,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     names, configs = name_runs(runs), [_config(Path(run)) for run in runs]
     lines = _table([COLUMNS, *(_row(n, Path(r), c) for n, r, c in zip(names, runs, configs, strict=True))])
     flat = [flatten(to_dict(config)) for config in configs]
-    keys = [key for key in dict.fromkeys(key for of in flat for key in of) if key not in QUIET]
+    keys = [key for key in dict.fromkeys(key for of in flat for key in of) if key not in ALSO_QUIET]
     differing = [key for key in keys if len({json.dumps(of.get(key)) for of in flat}) > 1]
     if differing:
         rows = [(key, *(json.dumps(of.get(key), ensure_ascii=False) for of in flat)) for key in differing]
