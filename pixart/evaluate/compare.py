@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from pixart.model import PixArt
 from pixart.model.flops import forward_flops
 from pixart.train.config import TrainConfig
 from pixart.train.history import FILE, QUIET
-from pixart.train.report import METRICS, last_and_best, read_rows
+from pixart.train.report import METRICS, last_and_best, last_value, read_rows
 
 # keys in which runs differ without being other experiments
 ALSO_QUIET = (*QUIET, "prompts", "train.trackers", "train.timeout", "train.keep")
@@ -63,7 +62,7 @@ def _config(run: Path) -> TrainConfig:
 
 def _samples(run: Path) -> str | None:
     """The fingerprint of what a run was trained on last."""
-    return next((row["samples"] for row in reversed(list(read_rows(run / FILE))) if "samples" in row), None)
+    return last_value(list(read_rows(run / FILE)), "samples")
 
 
 def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:
@@ -71,16 +70,13 @@ def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in PixArt(c).parameters())
     flops = forward_flops(c, c.latent_size, c.latent_size, config.text.length)
-
-    def last(key: str) -> Any:
-        return next((row[key] for row in reversed(rows) if key in row), None)
-
     best = last_and_best(rows, "validation_error")
     value, step = best["best_validation_error"], best["best_validation_error_step"]
     return (
-        name, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.3g}", str(last("step") or 0), str(last("images") or 0),
-        *(_number(last(key)) for key in ("gpu_hours", "images_per_second", "loss", "validation_loss",
-                                         "validation_error")),
+        name, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.3g}",
+        *(str(last_value(rows, key) or 0) for key in ("step", "images")),
+        *(_number(last_value(rows, key)) for key in ("gpu_hours", "images_per_second", "loss", "validation_loss",
+                                                     "validation_error")),
         "" if value is None else f"{_number(value)}, {step}",
     )  # fmt: skip
 

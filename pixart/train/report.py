@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pixart.config import dump_yaml
 from pixart.errors import InputError
@@ -82,7 +83,7 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
         "steps": config.train.steps,
         "images": progress.images,
         "seconds": progress.seconds,
-        "loss": next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        "loss": last_value(rows, "loss"),
         **last_and_best(rows, "validation_loss"),
         **last_and_best(rows, "validation_error"),
         "skipped": progress.skipped,
@@ -92,11 +93,16 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
     }
 
 
+def last_value(rows: Sequence[dict], name: str) -> Any:
+    """The last row's that has it; None where none has."""
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
 def last_and_best(rows: Sequence[dict], name: str) -> dict[str, float | int | None]:
     """A metric's last value, its lowest finite one, and that one's step; None where it was not logged."""
     found = [(row[name], row["step"]) for row in rows if name in row]
     best, step = min(((value, step) for value, step in found if math.isfinite(value)), default=(None, None))
-    return {name: found[-1][0] if found else None, f"best_{name}": best, f"best_{name}_step": step}
+    return {name: last_value(rows, name), f"best_{name}": best, f"best_{name}_step": step}
 
 
 def _versions() -> dict[str, str | None]:
