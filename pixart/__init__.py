@@ -8,9 +8,9 @@ _PLACES = {
     "PRESETS": "pixart.model",
     "PixArt": "pixart.model",
     "PixArtConfig": "pixart.model",
-    "Pipeline": "pixart.pipeline",
+    "Pipeline": "pixart.inference.pipeline",
     "SampleConfig": "pixart.diffusion.sampling",
-    "keep_freed_memory": "pixart.heap",
+    "keep_freed_memory": "pixart.cpu",
     "load_model": "pixart.checkpoint.load",
 }
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from pixart.cpu import keep_freed_memory
 from pixart.errors import InputError, LostProcess
-from pixart.heap import keep_freed_memory
 
 
 def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:

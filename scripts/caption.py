@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 
 from pixart import cli
-from pixart.captioner import CaptionConfig, write_captions
+from pixart.data.captioner import CaptionConfig, write_captions
 from pixart.data.config import DataConfig, Format
 
 

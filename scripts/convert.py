@@ -8,7 +8,7 @@ import torch
 from pixart import cli
 from pixart.checkpoint.load import load_with_card
 from pixart.checkpoint.save import FORMATS, attach_null_caption, save
-from pixart.model.autoencoder import AutoencoderConfig
+from pixart.encoders.autoencoder import AutoencoderConfig
 
 
 def main() -> None:

@@ -9,11 +9,10 @@ import sys
 
 from pixart import cli
 from pixart.config import load_config
-from pixart.data.store import verify
 from pixart.errors import InputError
-from pixart.extract import Share, convert_official, extract, summarize
+from pixart.features import Share, convert_official, extract, summarize
+from pixart.features.store import verify
 from pixart.train.config import TrainConfig
-from pixart.train.data import run_table
 
 
 def main() -> int:
@@ -34,7 +33,7 @@ def main() -> int:
         return 1 if damage else 0
     share = Share(*cli.find_rank(arguments.rank, arguments.ranks))
     common = {"share": share, "say": lambda text: print(text, file=sys.stderr)}
-    sections = (config.data, run_table(config), config.vae, config.text, config.extract)
+    sections = (config.data, config.data_spec.table, config.vae, config.text, config.extract)
     if arguments.official:
         result = convert_official(arguments.official, *sections, **common)
     else:

@@ -3,8 +3,8 @@
 import argparse
 
 from pixart import cli
-from pixart.evaluate.compare import compare_runs
-from pixart.evaluate.plots import AXES, plot_runs
+from pixart.study.compare import compare_runs
+from pixart.study.plots import AXES, plot_runs
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import torch
 
 from pixart import Pipeline, cli
 from pixart.config import override
+from pixart.inference.generate import save_samples
 from pixart.model import PixArtConfig
-from pixart.samples import save_samples
 
 
 def main() -> None:

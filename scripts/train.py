@@ -7,10 +7,10 @@ import argparse
 
 from pixart import cli
 from pixart.config import load_config
-from pixart.evaluate.finish import finish
 from pixart.train.config import TrainConfig
+from pixart.train.finish import finish
 from pixart.train.loop import train
-from pixart.train.stop import REQUEUE
+from pixart.train.signals import REQUEUE
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pixart.checkpoint.files import ModelCard, save_model
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
-from pixart.disk import write_folder
+from pixart.files import write_folder
 from pixart.model import PixArt
 from toy import tiny_model
 

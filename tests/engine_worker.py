@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pixart.train.loop as loop
+from chaos import note_samples
 from pixart import cli
 from pixart.config import load_config
-from pixart.evaluate.chaos import note_samples
 from pixart.train.config import TrainConfig
 
 

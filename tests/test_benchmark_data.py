@@ -4,7 +4,7 @@ import torch
 
 import pixart.benchmark.features as features
 from pixart.benchmark.features import OfficialLayout, compare_layouts, make_layouts, simulate_index
-from pixart.data.store import FeatureStore
+from pixart.features.store import FeatureStore
 
 
 def test_both_layouts_hold_the_same_samples(tmp_path, monkeypatch):

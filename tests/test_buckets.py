@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart.buckets import SAMPLING_RATIOS_ALPHA, SIZES_1024, Bucket, bucket_table, nearest_bucket
+from pixart.data.buckets import SAMPLING_RATIOS_ALPHA, SIZES_1024, Bucket, bucket_table, nearest_bucket
 from pixart.errors import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "aspect_buckets.json").read_text())

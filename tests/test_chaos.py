@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import pixart.train.loop as loop_module
+from chaos import chaos, launch, note_samples, read_samples, tensors
 from pixart.checkpoint import load_model
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
-from pixart.evaluate.chaos import chaos, launch, note_samples, read_samples, tensors
 from pixart.train.loop import train
 from runs import ROOT, build, change, command, environment, make_pictures, make_text_encoder, settings, write
 from toy import relative

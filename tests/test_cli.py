@@ -6,8 +6,8 @@ from PIL import Image
 
 import pixart
 from pixart import cli
+from pixart.contact_sheet import contact_sheet
 from pixart.errors import InputError
-from pixart.grid import contact_sheet
 
 
 def outcome(main, capsys) -> tuple[int, str]:

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from pixart.errors import InputError
-from pixart.evaluate.compare import compare_runs
 from pixart.model import PixArt
+from pixart.study.compare import compare_runs
 from pixart.train.loop import train
 from runs import build, make_pictures, settings
 

@@ -21,11 +21,11 @@ from pixart.checkpoint.save import save
 from pixart.checkpoint.weights import Weights
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
+from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
+from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS, PixArtConfig
-from pixart.model.autoencoder import AutoencoderConfig
-from pixart.model.text import TextConfig
-from pixart.pipeline import Pipeline
 from runs import run_script
 from test_model_diffusers import run
 from test_model_golden import GOLDEN
@@ -282,7 +282,7 @@ def test_a_write_that_fails_leaves_nothing(format, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pixart.disk.sync", full)  # the last step before the rename
+    monkeypatch.setattr("pixart.files.sync", full)  # the last step before the rename
     model = tiny_model()
     with pytest.raises(OSError, match="No space left"):
         save(model, card_of(model), tmp_path / "x", format)

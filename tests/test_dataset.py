@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pixart.buckets import Bucket, bucket_table
 from pixart.data.batches import BucketBatches
+from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.config import DataConfig
-from pixart.data.dataset import Batch, Captions, ImageDataset, collate, encode_captions
 from pixart.data.images import Record
+from pixart.data.samples import Batch, Captions, ImageDataset, collate, encode_captions
 from pixart.data.sources import scan
 from pixart.errors import InputError
 

@@ -18,16 +18,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pixart.train.loop as loop_module
-import pixart.train.saver as saver_module
+import pixart.train.saving as saver_module
 import pixart.train.step as step_module
+from chaos import tensors
 from pixart.checkpoint.files import checkpoints, newest_checkpoint, verify
 from pixart.errors import InputError
-from pixart.evaluate.chaos import tensors
 from pixart.train.config import OptimizerConfig
 from pixart.train.distributed import lost_process
 from pixart.train.loop import train
-from pixart.train.moments import MomentFiles, Moments, read_moments, take_moments, write_moments
 from pixart.train.optimizer import make_optimizer
+from pixart.train.optimizer_state import MomentFiles, Moments, read_moments, take_moments, write_moments
 from pixart.train.setup import start
 from pixart.train.step import apply_update, judge, read_results, train_step
 from runs import ROOT, build, command, environment, make_pictures, settings, write

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from pixart import cli, heap
+from pixart import cli, cpu
 from runs import ROOT
 
 PROBE = """
 import json, resource, torch
 from pixart.benchmark.measure import resident
-from pixart.heap import give_memory_back, keep_freed_memory
+from pixart.cpu import give_memory_back, keep_freed_memory
 if KEEP:
     assert keep_freed_memory()
 
@@ -30,7 +30,7 @@ give_memory_back()
 print(json.dumps([pages, freed - resident("VmRSS")]))
 """
 # a C library that gives memory back, in a process or on a system of another kind, has nothing to show here
-pytestmark = pytest.mark.skipif(heap._glibc() is None, reason="the C library is not glibc")
+pytestmark = pytest.mark.skipif(cpu._glibc() is None, reason="the C library is not glibc")
 
 
 def probe(keep: bool) -> tuple[int, int]:
@@ -65,5 +65,5 @@ def test_scripts_keep_their_memory_unless_they_say_otherwise(monkeypatch, keep):
 
 def test_another_system_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert heap.keep_freed_memory() is False
-    heap.give_memory_back()
+    assert cpu.keep_freed_memory() is False
+    cpu.give_memory_back()

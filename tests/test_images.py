@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.functional import center_crop
 
-from pixart.buckets import Bucket, bucket_table
+from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.config import DataConfig
 from pixart.data.images import UNREADABLE, ScanReport, check_unreadable, load_image, to_rgb
 from pixart.data.openmoji import build_openmoji, openmoji_captions

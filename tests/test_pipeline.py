@@ -13,13 +13,13 @@ from pixart import cli
 from pixart.checkpoint import ModelCard, save_model
 from pixart.diffusion.samplers import draw_noise
 from pixart.diffusion.sampling import SampleConfig
+from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder
+from pixart.encoders.text import TextConfig, TextEncoder, encode_null
 from pixart.errors import InputError
-from pixart.generate import choose_size, encode_null, official_sizes, resize_and_crop
+from pixart.inference.generate import save_samples
+from pixart.inference.latents import choose_size, official_sizes, resize_and_crop
+from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS
-from pixart.model.autoencoder import AutoencoderConfig, IdentityAutoencoder
-from pixart.model.text import TextConfig, TextEncoder
-from pixart.pipeline import Pipeline
-from pixart.samples import save_samples
 from runs import ROOT, make_text_encoder
 from test_model_diffusers import in_diffusers
 from toy import relative, tiny_model

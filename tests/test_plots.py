@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pixart.errors import InputError
-from pixart.evaluate.plots import name_runs, plot_runs, read_curves, smooth
+from pixart.study.plots import name_runs, plot_runs, read_curves, smooth
 from runs import run_script, settings, write
 
 

@@ -11,14 +11,14 @@ from pixart.checkpoint.files import ModelCard, save_model
 from pixart.checkpoint.load import load_with_card
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
+from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from pixart.evaluate.finish import finish
 from pixart.evaluate.retrieval import nearest_pictures
+from pixart.inference.generate import save_samples
+from pixart.inference.pipeline import Pipeline, sample_latents
 from pixart.model import PixArtConfig
-from pixart.model.autoencoder import AutoencoderConfig
-from pixart.model.text import TextConfig
-from pixart.pipeline import Pipeline, sample_latents
-from pixart.samples import save_samples
+from pixart.train.finish import finish
 from pixart.train.loop import train
 from runs import build, make_pictures, run_script, settings
 from toy import TINY, relative, tiny_model

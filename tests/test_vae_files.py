@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart.config import build, to_dict
+from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder, load_autoencoder
+from pixart.encoders.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 from pixart.errors import InputError
-from pixart.model.autoencoder import AutoencoderConfig, IdentityAutoencoder, load_autoencoder
-from pixart.model.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 from test_vae import SMALL, make_reference, pixels, wrap
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pixart.data.dataset import collate
+from pixart.data.samples import collate
 from pixart.diffusion import DiffusionConfig, make_schedule
-from pixart.diffusion.errors import RATIOS, denoising_errors
+from pixart.diffusion.denoising_error import RATIOS, denoising_errors
 from pixart.diffusion.losses import prediction_target
-from pixart.train.looks import validate
 from pixart.train.setup import start
+from pixart.train.validate import validate
 from runs import build, make_pictures, settings
 
 PAIRS = [("linear", "epsilon"), ("linear", "v"), ("cosine", "x0"), ("cosine", "epsilon"), ("flow", "velocity")]

@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import pixart.train.log as watch_module
 import pixart.train.loop as loop_module
 import pixart.train.step as step_module
-import pixart.train.watch as watch_module
 from pixart.config import dump_yaml
 from pixart.errors import InputError
+from pixart.files import append_line, read_rows
 from pixart.model import PixArt
 from pixart.train.loop import train
-from pixart.train.meters import measure_peak
-from pixart.train.quarters import quarter_means, sum_by_quarter
-from pixart.train.report import append_line, read_gpu_hours, read_rows
+from pixart.train.report import read_gpu_hours
+from pixart.train.throughput import measure_peak
+from pixart.train.timestep_bins import quarter_means, sum_by_quarter
 from runs import build, make_pictures, settings
 
 
@@ -195,8 +196,8 @@ def test_small_files_that_cannot_be_written_cost_a_warning_not_the_run(base, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(watch_module.report, "append_line", full)
-    monkeypatch.setattr(watch_module.report, "replace_json", full)
+    monkeypatch.setattr(watch_module, "append_line", full)
+    monkeypatch.setattr(watch_module, "replace_json", full)
     assert train(build(base)).finished
     text = capsys.readouterr()
     assert (text.out + text.err).count("metrics.jsonl could not be written ([Errno 28] No space left on device)") == 1

@@ -28,8 +28,8 @@ from pixart.checkpoint import ModelCard
 from pixart.checkpoint.load import load_model
 from pixart.checkpoint.locate import locate
 from pixart.checkpoint.save import save
+from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.model import PixArt
-from pixart.model.autoencoder import AutoencoderConfig
 
 
 def forward_case(settings: Settings) -> Case:

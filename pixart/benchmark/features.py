@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixart.buckets import Bucket, bucket_table
 from pixart.data.batches import BucketBatches
-from pixart.data.dataset import FeatureDataset, collate
+from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.images import Record
-from pixart.data.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
-from pixart.disk import MANIFEST
-from pixart.extract.build import EncodedBatch, Share, finish, note_file, write_captions, write_json, write_samples
+from pixart.data.samples import collate
+from pixart.features.build import EncodedBatch, Share, finish, note_file, write_captions, write_json, write_samples
+from pixart.features.samples import FeatureDataset
+from pixart.features.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
+from pixart.files import MANIFEST
 
 WIDTH, LENGTH = 4096, 120  # T5-XXL's states as PixArt-α takes them
 

@@ -10,7 +10,7 @@ import torch
 
 from pixart.benchmark.cases import CASES
 from pixart.benchmark.measure import WARM_UP, Settings, resident
-from pixart.heap import keep_freed_memory
+from pixart.cpu import keep_freed_memory
 from pixart.model import PixArt, PixArtConfig
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pixart.benchmark.measure import Call, Settings
 from pixart.checkpoint.keys import to_diffusers
+from pixart.encoders.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 from pixart.errors import missing_extra
 from pixart.model import PixArt, PixArtConfig
-from pixart.model.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 
 PIXELS = 8  # of a latent's side
 # torch.compile's modes for diffusers' network

@@ -18,8 +18,8 @@ from pixart.benchmark.measure import (
     measure_memory,
 )
 from pixart.benchmark.report import compare, profile, table, write_json
+from pixart.cpu import keep_freed_memory
 from pixart.errors import InputError
-from pixart.heap import keep_freed_memory
 
 
 def run(

@@ -20,11 +20,11 @@ from pixart.benchmark.networks import (
 )
 from pixart.checkpoint import ModelCard
 from pixart.diffusion.sampling import GUIDANCE, SampleConfig
-from pixart.generate import sample_latents
+from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.text import TextConfig, TextEncoder
+from pixart.inference.latents import sample_latents
+from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS, PixArt
-from pixart.model.autoencoder import AutoencoderConfig
-from pixart.model.text import TextConfig, TextEncoder
-from pixart.pipeline import Pipeline
 
 STEPS = 20
 WORDS = 30  # of a prompt, each one token

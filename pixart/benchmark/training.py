@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import call_diffusers, diffusers_or_none, network_in_diffusers, random_network
 from pixart.config import load_config
-from pixart.data.dataset import Batch
+from pixart.data.samples import Batch
 from pixart.diffusion import diffusion_loss
 from pixart.diffusion.schedule import make_schedule
+from pixart.encoders.autoencoder import IdentityAutoencoder
 from pixart.errors import InputError
-from pixart.model.autoencoder import IdentityAutoencoder
 from pixart.train.config import OptimizerConfig, TrainConfig
 from pixart.train.distributed import Processes
 from pixart.train.ema import make_ema, update_ema

@@ -11,11 +11,11 @@ from pixart.checkpoint.files import ModelCard
 from pixart.checkpoint.locate import PIPELINE, Found, read_json
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
+from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.text import TextConfig
+from pixart.encoders.vae import VaeConfig
 from pixart.errors import InputError
-from pixart.model.autoencoder import AutoencoderConfig
 from pixart.model.pixart import PRESETS, PixArtConfig
-from pixart.model.text import TextConfig
-from pixart.model.vae import VaeConfig
 
 T5 = "DeepFloyd/t5-v1_1-xxl"
 VAES = {  # is Σ's: Hub id and scaling factor

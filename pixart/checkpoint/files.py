@@ -12,11 +12,11 @@ from torch import Tensor
 from pixart.config import build, to_dict
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
-from pixart.disk import verify
+from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from pixart.model.autoencoder import AutoencoderConfig
+from pixart.files import verify
 from pixart.model.pixart import PixArtConfig
-from pixart.model.text import TextConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

@@ -20,12 +20,12 @@ from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TR
 from pixart.checkpoint.weights import CARD_KEY, Weights
 from pixart.config import to_dict
 from pixart.diffusion.schedule import DiffusionConfig
-from pixart.disk import write_file, write_folder
+from pixart.encoders.text import find_text_parts
+from pixart.encoders.vae import VaeConfig
+from pixart.encoders.vae_files import find_weights, read_settings
 from pixart.errors import InputError
+from pixart.files import write_file, write_folder
 from pixart.model.pixart import PixArt, PixArtConfig
-from pixart.model.text import find_text_parts
-from pixart.model.vae import VaeConfig
-from pixart.model.vae_files import find_weights, read_settings
 
 Format = Literal["ours", "official", "diffusers", "diffusers-pipeline"]
 FORMATS: tuple[str, ...] = get_args(Format)

@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pixart.buckets import Bucket
+from pixart.data.buckets import Bucket
 from pixart.errors import InputError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

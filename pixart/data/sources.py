@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pixart.buckets import Bucket, bucket_table, nearest_bucket, own_buckets
+from pixart.data.buckets import Bucket, bucket_table, nearest_bucket, own_buckets
 from pixart.data.caption_files import is_file, read_captions
 from pixart.data.config import DataConfig
 from pixart.data.folder import read_folder

@@ -1,4 +1,7 @@
-"""Noise schedules, losses, guidance and samplers: functions of a callable network, whatever it is."""
+"""Noise schedules, losses, guidance and samplers: functions of a callable network, whatever it is.
+
+No network, text or file may enter it.
+"""
 
 from pixart.diffusion.guidance import Prediction, guide, make_denoise
 from pixart.diffusion.losses import diffusion_loss

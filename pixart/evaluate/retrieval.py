@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from pixart.contact_sheet import contact_sheet
 from pixart.data.images import Record, load_image
 from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
-from pixart.grid import contact_sheet
-from pixart.pipeline import Pipeline
+from pixart.inference.pipeline import Pipeline
 
 
 @dataclass

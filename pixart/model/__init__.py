@@ -1,4 +1,4 @@
-"""The network, its text encoder and its autoencoder."""
+"""The network. Nothing of text, pixels, files or training may enter it."""
 
 from pixart.model.pixart import PRESETS, CaptionContext, PixArt, PixArtConfig
 

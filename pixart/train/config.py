@@ -5,13 +5,14 @@ from typing import Literal
 
 from pixart.checkpoint.files import ModelCard
 from pixart.data.config import DataConfig
+from pixart.data.training_set import DataSpec
 from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
+from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from pixart.extract import ExtractConfig
-from pixart.model.autoencoder import AutoencoderConfig
+from pixart.features import ExtractConfig
 from pixart.model.pixart import PixArtConfig
-from pixart.model.text import TextConfig
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ class TrainConfig:
         if self.evaluate.retrieval and (self.data.features or self.data.mix):
             raise InputError("evaluate.retrieval compares pictures; it cannot be on with data.features")
         resolve(self.sample, make_schedule(self.diffusion))
+
+    @property
+    def data_spec(self) -> DataSpec:
+        return DataSpec(
+            self.data, self.vae, self.text, self.model.patch_size, self.model.caption_channels, self.prompts, self.seed
+        )
 
     @property
     def card(self) -> ModelCard:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pixart.config import dump_yaml
-from pixart.disk import write_file
+from pixart.data.training_set import Data
+from pixart.files import append_line, read_rows, write_file
 from pixart.train.config import TrainConfig
-from pixart.train.data import Data
 from pixart.train.optimizer import learning_rate
-from pixart.train.report import append_line, read_rows
 
 FILE, CONFIG = "history.jsonl", "config.yaml"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 
-from pixart.data.dataset import Batch
 from pixart.data.images import check_unreadable
+from pixart.data.samples import Batch
+from pixart.data.training_set import Data, move_ahead
 from pixart.errors import InputError
 from pixart.train.config import TrainConfig
-from pixart.train.data import Data, move_ahead
 from pixart.train.distributed import Agreement, lost_process
-from pixart.train.looks import draw_samples, validate
+from pixart.train.health import Window
+from pixart.train.log import Watch
 from pixart.train.optimizer import learning_rate
-from pixart.train.saver import Saver
+from pixart.train.saving import Saver
 from pixart.train.setup import Session, start
-from pixart.train.skipped import Window
+from pixart.train.signals import StopSignal
 from pixart.train.step import train_step
-from pixart.train.stop import StopSignal
-from pixart.train.watch import Watch
+from pixart.train.validate import draw_samples, validate
 
 
 @dataclass

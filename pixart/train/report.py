@@ -3,56 +3,19 @@
 import hashlib
 import json
 import math
-import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pixart.config import dump_yaml
 from pixart.errors import InputError
+from pixart.files import read_rows
 from pixart.train.config import TrainConfig
 from pixart.train.state import Progress
 
 METRICS, HEARTBEAT, SUMMARY = "metrics.jsonl", "heartbeat.json", "summary.json"
-
-
-def replace_json(path: Path, values: dict) -> None:
-    """Write a JSON file so that a reader finds the old one or the new one, never half of it.
-
-    Raises:
-        OSError: the disk is full or not writable; the old file is as it was.
-    """
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line, on a line of its own also where a full disk has torn the last one.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    with open(path, "a+b") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            line = "\n" + line
-        file.write(line.encode() + b"\n")
-
-
-def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a metrics.jsonl that are whole: a kill or a full disk can tear a line."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield row
 
 
 def read_gpu_hours(run: Path) -> float:

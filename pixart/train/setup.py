@@ -14,24 +14,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
-from pixart.checkpoint.start import start_from
+from pixart.checkpoint.init_from import start_from
 from pixart.config import dump_yaml, flatten, load_config, to_dict
+from pixart.data.training_set import Data, load_images, make_batches
 from pixart.diffusion.schedule import Schedule, make_schedule
-from pixart.disk import write_file
+from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.errors import InputError
-from pixart.model.autoencoder import Autoencoder, load_autoencoder
+from pixart.features.training_set import load_features
+from pixart.files import write_file
 from pixart.model.pixart import PixArt
-from pixart.train.check import check_sources
 from pixart.train.config import TrainConfig
-from pixart.train.data import Data, load_data, make_batches
 from pixart.train.distributed import Processes, check_sharded, shard
 from pixart.train.ema import make_ema
 from pixart.train.freeze import freeze
 from pixart.train.history import CONFIG, Changes, note_start
+from pixart.train.log import check_trackers, start_trackers
 from pixart.train.optimizer import make_optimizer
-from pixart.train.saver import remove_partial
+from pixart.train.preflight import check_sources
+from pixart.train.saving import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
-from pixart.train.watch import check_trackers, start_trackers
 
 # changing these under a run that goes on is normal; anything else would make it another run
 FREE_TO_CHANGE = {
@@ -70,7 +71,11 @@ def start(config: TrainConfig) -> Session:
     processes = Processes(accelerator, config.train.timeout)
     run, checkpoint, changes = open_run(config, accelerator, processes)
     autoencoder = load_autoencoder(config.vae, device=accelerator.device)
-    data = load_data(config, accelerator, autoencoder)
+    spec = config.data_spec
+    if config.data.features or config.data.mix:
+        data = load_features(spec, accelerator, autoencoder)
+    else:
+        data = load_images(spec, accelerator)
     accelerator.print(data.report)
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
@@ -79,7 +84,10 @@ def start(config: TrainConfig) -> Session:
     if accelerator.is_main_process:
         for note in note_start(run, state.progress.step, config, changes, data, processes.count):
             accelerator.print(note)
-    batches, loader = make_batches(config, accelerator, data, state.progress.step)
+    batches, loader = make_batches(
+        spec, data, accelerator, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
+        position=state.progress.step,
+    )  # fmt: skip
     accelerator.print(
         f"{batches.per_epoch} batches of {config.train.batch_size} an epoch, {batches.dropped} images left over; "
         f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.1f} M parameters; "

@@ -20,7 +20,7 @@ from pixart.errors import InputError
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, is_sharded, local, rows, whole
-from pixart.train.moments import Moments, read_moments, take_moments
+from pixart.train.optimizer_state import Moments, read_moments, take_moments
 
 STATE = "training.pt"
 LIBRARIES = ("pixart", "torch", "accelerate", "timm", "transformers", "safetensors", "numpy")

@@ -6,16 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pixart.data.dataset import Batch
+from pixart.data.samples import Batch
 from pixart.diffusion import diffusion_loss
 from pixart.diffusion.schedule import Schedule
-from pixart.model.autoencoder import Autoencoder
+from pixart.encoders.autoencoder import Autoencoder
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import clip_gradients, gradient_sync
 from pixart.train.ema import ema_decay, update_ema
 from pixart.train.optimizer import learning_rate
-from pixart.train.quarters import sum_by_quarter
 from pixart.train.state import TrainState
+from pixart.train.timestep_bins import sum_by_quarter
 
 OUTCOMES = ("applied", "non-finite", "spike", "unreadable")  # of a step; all but the first leave the state as it was
 

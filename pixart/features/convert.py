@@ -1,0 +1,84 @@
+"""The authors' feature folders → a feature store."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from pixart.data.buckets import Bucket
+from pixart.data.config import DataConfig
+from pixart.encoders.autoencoder import AutoencoderConfig, load_autoencoder
+from pixart.encoders.text import TextConfig
+from pixart.errors import InputError
+from pixart.features.build import (
+    PLAN,
+    EncodedBatch,
+    Share,
+    agree,
+    finish,
+    locked,
+    note_file,
+    unsealed,
+    write_captions,
+    write_samples,
+)  # fmt: skip
+from pixart.features.extract import ExtractConfig, Result, describe_vae, make_plan
+from pixart.features.official import OfficialFeatures
+from pixart.features.store import PROMPTS, UNKNOWN
+from pixart.files import write_file
+
+
+def convert_official(
+    source: str | Path, data: DataConfig, table: list[Bucket], vae: AutoencoderConfig, text: TextConfig,
+    options: ExtractConfig, *, share: Share | None = None, say: Callable[[str], None] = print,
+) -> Result:  # fmt: skip
+    """Write this share of the store `data.features` from an official feature folder, as `extract` does from pictures.
+
+    The autoencoder is needed for its scaling factor, which the official files lack. Their states of equal captions are
+    kept once; there are no null states, so the store serves models whose null caption is their own (PixArt-α).
+
+    Raises:
+        InputError: no usable features there, or a setting that they cannot fulfil.
+    """
+    if not data.features:
+        raise InputError("data.features: expected the folder of the feature store to write")
+    if options.mirrored or text.null != "buffer":
+        raise InputError("official features have no mirrored latents (extract.mirrored) and no null states (text.null)")
+    folder, share = Path(data.features), share or Share()
+    autoencoder = load_autoencoder(vae)
+    found = OfficialFeatures(
+        source, table, resolution=data.resolution, downsample=autoencoder.downsample, scale=autoencoder.scale
+    )
+    say(f"{source}: {len(found)} samples, {len(found.problems)} left out")
+    first: dict[str, int] = {}
+    for i, record in enumerate(found.records):
+        first.setdefault(record.captions[0], i)
+    captions = sorted(first, key=lambda caption: (len(caption), caption))
+    plan = make_plan(table, options, data, text, found.records, captions)
+    agree(folder / PLAN, plan, "plan")
+    agree(folder / "vae.json", describe_vae(vae, autoencoder, UNKNOWN), "autoencoder", free=["source"])
+    facts = {"model": text.model, "width": found.caption(0).shape[1], "dtype": UNKNOWN, "weights": UNKNOWN}
+    agree(folder / "text.json", facts, "text encoder", free=["model"])
+    with locked(folder):
+        write_file(folder / PROMPTS, lambda partial: save_file({"none": torch.zeros(0)}, partial))
+        note_file(folder / PROMPTS, 0, [])
+
+    dtype, latents = getattr(torch, data.text_dtype), getattr(torch, options.latent_dtype)
+
+    def states(texts: Sequence[str]) -> list[Tensor]:
+        return [found.caption(first[caption]).to(dtype)[: text.length] for caption in texts]
+
+    def moments(batches: list[list[int]]) -> Iterator[EncodedBatch]:
+        for batch in batches:
+            both = torch.stack([found.moments(i) for i in batch])[:, None].to(latents)
+            yield EncodedBatch(list(range(len(batch))), both, [])
+
+    with tqdm(desc="captions", unit="caption", disable=None) as bar:
+        write_captions(folder, plan, captions, share, states, bar.update)
+    numbers = {caption: i for i, caption in enumerate(captions)}
+    with tqdm(desc="latents", unit="image", disable=None) as bar:
+        write_samples(folder, plan, found.records, numbers, share, moments, bar.update)
+    return Result(folder, finish(folder, plan, found.problems), unsealed(folder, plan))

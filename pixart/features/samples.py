@@ -1,0 +1,55 @@
+"""Samples of feature stores; what comes out is what `pixart.data.samples` makes of images, with latents for pixels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from pixart.data.batches import Key
+from pixart.data.images import choose
+from pixart.data.samples import common_values, draw
+from pixart.features.store import FeatureStore
+
+
+class FeatureDataset(Dataset):
+    """Samples of feature stores, one after the other, by (pass, index) keys; see `Batch` for what comes out."""
+
+    def __init__(
+        self,
+        stores: Sequence[FeatureStore],
+        chosen: Sequence[np.ndarray | None],
+        *,
+        seed: int,
+        flip: bool = False,
+        posterior_mean: bool = False,
+    ):
+        """
+        Args:
+            chosen: the samples that count of each store, by their numbers; None is all.
+            flip: take the mirrored picture's latents half of the time.
+            posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
+        """
+        self.stores, self.chosen, self.seed = stores, chosen, seed
+        self.flip, self.posterior_mean = flip, posterior_mean
+        self.sizes = [len(store) if part is None else len(part) for store, part in zip(stores, chosen, strict=True)]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, key: Key) -> dict:
+        turn, index = key
+        which = 0
+        while index >= self.sizes[which]:
+            index, which = index - self.sizes[which], which + 1
+        store, chosen = self.stores[which], self.chosen[which]
+        number = index if chosen is None else int(chosen[index])
+        sample = store.get(number)
+        draws = draw(self.seed, turn, sample.id, tuple(sample.mean.shape))
+        if self.flip and draws.flip < 0.5:
+            sample = store.get(number, mirrored=True)
+        latents = sample.mean if self.posterior_mean else sample.mean + sample.std * draws.posterior_noise
+        caption = store.caption(choose(sample.captions, sample.weights, draws.caption))
+        problem = None
+        if not len(caption):
+            caption, problem = caption.new_zeros(1, caption.shape[1]), "its caption has no token"
+        return {"latents": latents, "caption": caption, **common_values(draws, sample, problem)}

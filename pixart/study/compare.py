@@ -1,0 +1,91 @@
+"""Several runs in one table: what differs in their configurations, and what came of it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pixart.config import flatten, load_config, to_dict
+from pixart.errors import InputError
+from pixart.files import read_rows
+from pixart.model import PixArt
+from pixart.model.flops import forward_flops
+from pixart.study.plots import name_runs
+from pixart.train.config import TrainConfig
+from pixart.train.history import FILE, QUIET
+from pixart.train.report import METRICS, last_and_best, last_value
+
+# keys in which runs differ without being other experiments
+ALSO_QUIET = (*QUIET, "prompts", "train.trackers", "train.timeout", "train.keep")
+OF_PICTURES = ("seed", "data.", "vae.", "text.", "model.in_channels")  # what validation is done on
+COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
+           "validation_error", "its best, at step")  # fmt: skip
+
+
+def compare_runs(runs: Sequence[str | Path]) -> str:
+    """A Markdown table of results and one of the settings that differ.
+
+    "GFLOP" is a forward of one picture with a full caption; "hours" are device-hours.
+
+    Raises:
+        InputError: a folder is no run of ours.
+    """
+    names, configs = name_runs(runs), [_config(Path(run)) for run in runs]
+    lines = _table([COLUMNS, *(_row(n, Path(r), c) for n, r, c in zip(names, runs, configs, strict=True))])
+    flat = [flatten(to_dict(config)) for config in configs]
+    keys = [key for key in dict.fromkeys(key for of in flat for key in of) if key not in ALSO_QUIET]
+    differing = [key for key in keys if len({json.dumps(of.get(key)) for of in flat}) > 1]
+    if differing:
+        rows = [(key, *(json.dumps(of.get(key), ensure_ascii=False) for of in flat)) for key in differing]
+        lines += ["", *_table([("setting", *names), *rows])]
+    if measured := [key for key in differing if key.startswith("diffusion.") or key == "model.learn_sigma"]:
+        lines.append(
+            f"\nloss and validation_loss measure another thing in each of these runs ({', '.join(measured)} differ): "
+            "compare validation_error"
+        )
+    other = [key for key in differing if key.startswith(OF_PICTURES)]
+    if len({_samples(Path(run)) for run in runs}) > 1:
+        other.append("the fingerprints in history.jsonl")
+    if other:
+        lines.append(
+            "\nvalidation_error may be of other pictures, latents or captions in each of these runs "
+            f"({', '.join(other)} differ), and then it cannot be compared either"
+        )
+    return "\n".join(lines)
+
+
+def _config(run: Path) -> TrainConfig:
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: there is no config.yaml in it; expected a run's folder")
+    return load_config(TrainConfig, run / "config.yaml")
+
+
+def _samples(run: Path) -> str | None:
+    """The fingerprint of what a run was trained on last."""
+    return last_value(list(read_rows(run / FILE)), "samples")
+
+
+def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:
+    c, rows = config.model, list(read_rows(run / METRICS))
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in PixArt(c).parameters())
+    flops = forward_flops(c, c.latent_size, c.latent_size, config.text.length)
+    best = last_and_best(rows, "validation_error")
+    value, step = best["best_validation_error"], best["best_validation_error_step"]
+    return (
+        name, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.3g}",
+        *(str(last_value(rows, key) or 0) for key in ("step", "images")),
+        *(_number(last_value(rows, key)) for key in ("gpu_hours", "images_per_second", "loss", "validation_loss",
+                                                     "validation_error")),
+        "" if value is None else f"{_number(value)}, {step}",
+    )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return [head, "|" + " --- |" * len(rows[0]), *body]

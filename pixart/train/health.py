@@ -1,0 +1,82 @@
+"""Steps that were not applied: counted and named with the ids of their samples; a run that does no other ends."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pixart.data.samples import Batch
+from pixart.errors import InputError
+from pixart.train.config import TrainConfig
+from pixart.train.distributed import Processes
+from pixart.train.state import Progress
+from pixart.train.step import StepReport, StepResult, read_results
+
+# skipped steps in a row that end a run; an fp16 loss scaler skips some to find its scale
+MAX_SKIPPED = {"no": 10, "bf16": 10, "fp16": 30}
+FILE = "skipped.jsonl"  # a line for each, with all ids; a step that is done again after a kill stands there again
+REASONS = {
+    "non-finite": "its loss ({loss:.4g}) or gradient norm ({norm:.4g}) is not finite",
+    "spike": "its gradient norm {norm:.4g} is above optimizer.skip_above",
+    "unreadable": "none of its images could be read",
+}
+
+
+class Window:
+    """The steps since it was last read: their results on the device, and what the CPU knows of them."""
+
+    def __init__(self, run: Path, config: TrainConfig, processes: Processes):
+        self.run, self.config, self.processes = run, config, processes
+        self._steps: list[tuple[int, StepResult, list[str]]] = []
+        self._problems: list[tuple[str, str]] = []
+
+    def add(self, step: int, result: StepResult, micro_batches: list[Batch], *, gone: bool) -> None:
+        """`gone`: the whole folder is; its images are then no bad ones."""
+        self._steps.append((step, result, [name for batch in micro_batches for name in batch.ids]))
+        if not gone:
+            self._problems += [problem for batch in micro_batches for problem in batch.problems]
+
+    def take_problems(self) -> list[tuple[str, str]]:
+        """(id, reason) of the images that this process could not read."""
+        problems, self._problems = self._problems, []
+        return problems
+
+    def read(self, progress: Progress, say: Callable[[str], None]) -> None:
+        """Wait for the device, count and name what it skipped; all processes call it.
+
+        Raises:
+            InputError: too many in a row.
+        """
+        steps, self._steps = self._steps, []
+        reports = read_results([result for _, result, _ in steps])
+        skipped = [(step, report, ids) for (step, _, ids), report in zip(steps, reports, strict=True)
+                   if not report.applied]  # fmt: skip
+        everyones = self.processes.gather([ids for _, _, ids in skipped]) if skipped else []
+        for i, (step, report, _) in enumerate(skipped):
+            self._note(step, report, [name for part in everyones for name in part[i]], say)
+        for report, (step, _, _) in zip(reports, steps, strict=True):
+            progress.skipped += not report.applied
+            progress.spikes += report.outcome == "spike"
+            if report.applied:
+                progress.skipped_in_row = 0
+            elif report.outcome != "unreadable":
+                progress.skipped_in_row += 1
+            if progress.skipped_in_row >= MAX_SKIPPED[self.config.train.mixed_precision]:
+                kind = "above optimizer.skip_above" if report.outcome == "spike" else "not finite"
+                raise InputError(
+                    f"{progress.skipped_in_row} steps in a row were {kind}, the last at step {step}; lower "
+                    "optimizer.lr or optimizer.clip, then go on from the last checkpoint in "
+                    f"{self.config.output}; the samples are named in {FILE} there"
+                )
+
+    def _note(self, step: int, report: StepReport, ids: list[str], say: Callable[[str], None]) -> None:
+        reason = REASONS[report.outcome].format(loss=report.loss, norm=report.grad_norm)
+        more = f" and {len(ids) - 8} more, see {FILE}" if len(ids) > 8 else ""
+        say(f"step {step}: {reason}; skipped. Its samples: {', '.join(ids[:8])}{more}")
+        if self.processes.rank == 0:
+            row = {"step": step, "reason": report.outcome, "loss": repr(report.loss),
+                   "grad_norm": repr(report.grad_norm), "ids": ids}  # fmt: skip
+            try:
+                with open(self.run / FILE, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                say(f"warning: {self.run / FILE}: cannot be written ({error})")

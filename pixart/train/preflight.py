@@ -1,0 +1,68 @@
+"""What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pixart.checkpoint.files import checkpoints
+from pixart.checkpoint.init_from import start_from
+from pixart.data.config import DataConfig
+from pixart.encoders.caption_cleaning import clean_caption
+from pixart.encoders.text import TextConfig, load_tokenizer
+from pixart.encoders.vae_files import CONFIG, find_weights, read_settings
+from pixart.errors import InputError
+from pixart.features.official import is_official
+from pixart.features.store import read_manifest
+from pixart.model.pixart import PixArt
+from pixart.train.config import TrainConfig
+from pixart.train.freeze import match_names
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Look for the pictures, the text encoder, the VAE and the weights to start from, of which all are read.
+
+    Raises:
+        InputError: what is missing, a line each; or `train.freeze` does not fit the model.
+    """
+    with torch.device("meta"):
+        model = PixArt(config.model)
+    match_names([name for name, _ in model.named_parameters()], config.train.freeze)
+    looks: dict[str, Callable] = {}
+    if stores := [config.data.features] * bool(config.data.features) + [*config.data.mix]:
+        # which hold the prompts' states too, as a rule
+        looks = {f"features {store}": partial(_look_for_features, store) for store in stores}
+    else:
+        looks["text.model"] = lambda: _look_for_text(config.text)
+    if not config.data.prepare and not stores:
+        looks = {"data.folder": lambda: _look_for_data(config.data), **looks}
+    if config.vae.kind == "kl":
+        looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
+    if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
+        looks["init_from"] = lambda: start_from(model, config.init_from, diffusion=config.diffusion)
+    missing = []
+    for key, look in looks.items():
+        try:
+            look()
+        except InputError as error:
+            missing.append(f"{key}: {error}")
+    if missing:
+        several = f"{len(missing)} things are missing or wrong:\n  " if len(missing) > 1 else ""
+        raise InputError(several + "\n  ".join(missing))
+
+
+def _look_for_features(folder: str) -> None:
+    if not is_official(folder):
+        read_manifest(Path(folder))
+
+
+def _look_for_data(config: DataConfig) -> None:
+    if not Path(config.folder).exists():
+        raise InputError(f"{config.folder}: there is none; expected a folder of images with captions")
+
+
+def _look_for_text(config: TextConfig) -> None:
+    load_tokenizer(config)
+    if config.clean:
+        clean_caption("")  # needs packages of an extra
