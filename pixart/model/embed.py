@@ -11,7 +11,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pixart.model.layers import Mlp
-from pixart.model.linear import Linear
 
 FREQUENCIES = 256  # width of every sinusoidal embedding of a number
 
@@ -67,7 +66,7 @@ class NumberEmbedder(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(FREQUENCIES, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, values: Tensor) -> Tensor:
         return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixart.model.linear import Linear
-
 CaptionKV = tuple[Tensor, Tensor]  # one block's caption keys and values, each (B, H, L, E)
 
 
@@ -24,9 +22,9 @@ class Mlp(nn.Module):
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int):
         super().__init__()
-        self.fc1 = Linear(in_features, hidden_features)
+        self.fc1 = nn.Linear(in_features, hidden_features)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = Linear(hidden_features, out_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -45,8 +43,8 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.compression = compression
         self.ratio = ratio
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         if compression == "conv":
             self.sr = nn.Conv2d(dim, dim, kernel_size=ratio, stride=ratio, groups=dim)
             self.norm = nn.LayerNorm(dim)
@@ -78,9 +76,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = Linear(dim, dim)
-        self.kv_linear = Linear(dim, 2 * dim)
-        self.proj = Linear(dim, dim)
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def encode(self, caption: Tensor) -> CaptionKV:
         """Projected caption (B, L, D) → its keys and values, which no time step changes."""
@@ -126,7 +124,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_values: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = Linear(dim, patch_values)
+        self.linear = nn.Linear(dim, patch_values)
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from pixart.errors import InputError
 from pixart.model.embed import CaptionEmbedder, NumberEmbedder, PatchEmbed, grid_positions
 from pixart.model.layers import Block, CaptionKV, FinalLayer
-from pixart.model.linear import Linear
 from pixart.seeds import derive_seed
 
 
@@ -121,7 +120,7 @@ class PixArt(nn.Module):
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, dim, config.patch_size)
         self.t_embedder = NumberEmbedder(dim)
-        self.t_block = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.micro_conditions:
             self.csize_embedder = NumberEmbedder(dim // 3)
             self.ar_embedder = NumberEmbedder(dim // 3)
