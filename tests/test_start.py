@@ -12,6 +12,7 @@ from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
+from pixart.model.layers import Layout
 from pixart.model.embed import sinusoid
 from pixart.train.loop import train
 from pixart.train.preflight import check_sources
@@ -130,13 +131,13 @@ def test_a_start_from_dit_equals_dit_block_by_block_at_t_500(width, depth, heads
     t = torch.tensor([500.0, 500.0])
     hidden = silu(linear(sinusoid(t).double(), state["t_embedder.mlp.0.weight"], state["t_embedder.mlp.0.bias"]))
     c = linear(hidden, state["t_embedder.mlp.2.weight"], state["t_embedder.mlp.2.bias"])
-    time, time6 = model.embed_time(t, None, None)
+    time = model.embed_time(t, None, None)
     assert relative(time, c) <= 1e-6
     x = torch.randn(2, 16, width, dtype=torch.float64)
     caption = torch.randn(2, 5, width, dtype=torch.float64)
     for i, block in enumerate(model.blocks):
         reference = dit_block(state, i, x, c, heads)
-        assert relative(block(x, time6, caption, None, (4, 4)), reference) <= 1e-6, i
+        assert relative(block(x, model.t_block(time), caption, None, Layout((4, 4))), reference) <= 1e-6, i
         x = reference
     shift, scale = linear(
         silu(c), state["final_layer.adaLN_modulation.1.weight"], state["final_layer.adaLN_modulation.1.bias"]

@@ -1,16 +1,26 @@
-"""What goes into the stream: patches and their positions, the time, the picture's size, the caption.
+"""What goes into the stream: patches and their positions, the time, the image's size, the caption.
 
 Letters in shape comments: B batch, N = h·w image tokens, L caption tokens, D width, C channels.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixart.model.layers import Mlp
+from pixart.model.layers import Generators, Mlp
+from pixart.registry import Registry
+
+if TYPE_CHECKING:
+    from pixart.model.pixart import PixArtConfig
+
+# each entry: a subclass of `Positions`
+POSITIONS: Registry[type[Positions]] = Registry("model.positions")
 
 FREQUENCIES = 256  # width of every sinusoidal embedding of a number
 
@@ -47,12 +57,44 @@ def grid_positions(height: int, width: int, dim: int, *, base: int, scale: float
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
 
+class Positions(nn.Module):
+    """How tokens tell where they stand. One of the two methods is enough; its weights, if it has any, are its own."""
+
+    def __init__(self, config: PixArtConfig):
+        super().__init__()
+        self.config = config
+
+    def added(self, height: int, width: int, device: torch.device | None = None) -> Tensor | None:
+        """What is added to the stream of a grid of height × width tokens: (height·width, D)."""
+        return None
+
+    def rotary(self, height: int, width: int, device: torch.device | None = None) -> Tensor | None:
+        """What attention turns queries and keys by, as `rotate` takes it: cosines and sines (2, height·width, E/2)."""
+        return None
+
+
+@POSITIONS.register("sincos")
+class SinCos(Positions):
+    """The fixed 2-D sin-cos positions of `grid_positions`, added in fp32."""
+
+    def added(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        c = self.config
+        base = c.latent_size // c.patch_size
+        return grid_positions(height, width, c.hidden_size, base=base, scale=c.position_scale, device=device)
+
+
 class PatchEmbed(nn.Module):
     """Latents (B, C, H, W) → tokens (B, N, D), one per patch, row by row."""
 
     def __init__(self, channels: int, dim: int, patch_size: int):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def init_weights(self, generators: Generators) -> None:
+        patches = self.proj.weight.flatten(1)  # (D, C·p·p)
+        nn.init.xavier_uniform_(patches, generator=generators("proj.weight"))
+        bound = patches.shape[1] ** -0.5  # of PyTorch's own start
+        nn.init.uniform_(self.proj.bias, -bound, bound, generator=generators("proj.bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         # the convolution as the product that it is: a GPU would do it in TF32, and its output would lie transposed
@@ -68,6 +110,10 @@ class NumberEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
+    def init_weights(self, generators: Generators) -> None:
+        for i in (0, 2):
+            nn.init.normal_(self.mlp[i].weight, std=0.02, generator=generators(f"mlp.{i}.weight"))
+
     def forward(self, values: Tensor) -> Tensor:
         return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))
 
@@ -82,6 +128,13 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.y_proj = Mlp(caption_channels, dim, dim)
         self.register_buffer("y_embedding", torch.empty(caption_length, caption_channels))
+
+    def init_weights(self, generators: Generators) -> None:
+        for layer in ("fc1", "fc2"):
+            weight = self.y_proj.get_submodule(layer).weight
+            nn.init.normal_(weight, std=0.02, generator=generators(f"y_proj.{layer}.weight"))
+        std = self.y_embedding.shape[1] ** -0.5
+        nn.init.normal_(self.y_embedding, std=std, generator=generators("y_embedding"))
 
     def forward(self, caption: Tensor) -> Tensor:
         return self.y_proj(caption)

@@ -1,88 +1,124 @@
-"""FLOPs of a PixArt from its config: matrix products and convolutions, two FLOPs a multiply-add.
+"""FLOPs of a PixArt, counted by torch on the meta device: matrix products and convolutions, two FLOPs a multiply-add.
 
-These are the operations that torch's `FlopCounterMode` counts, and the counts are equal to its own. Not counted, here
-as there: biases, norms, activations, softmax, modulation, residuals, positions; about 1 % of an XL/2.
-
-Letters: B batch, N image tokens, M compressed image tokens (keys and values), L caption tokens, D width.
+So a variant brings no formula. Not counted, as by torch: biases, norms, activations, softmax, modulation, residuals,
+positions; about 1 % of an XL/2. Blocks of one kind are counted once.
 """
 
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from pixart.errors import InputError
-from pixart.model.embed import FREQUENCIES
-from pixart.model.pixart import PixArtConfig
+from pixart.model.pixart import PixArt, PixArtConfig
+
+Shapes = Mapping[str, tuple[int, ...]]  # of further conditions, without the batch
 
 
-def forward_flops(config: PixArtConfig, height: int, width: int, caption_tokens: int, batch: int = 1) -> int:
+class Count(NamedTuple):
+    """FLOPs of one image."""
+
+    total: int
+    blocks: int  # of them, those of the blocks
+
+
+_MODELS: dict[str, PixArt] = {}  # on the meta device, by their configurations
+_COUNTS: dict[tuple, Count] = {}
+
+
+def forward_flops(
+    config: PixArtConfig, height: int, width: int, caption_tokens: int, batch: int = 1, conditions: Shapes | None = None
+) -> int:
     """FLOPs of one `PixArt.forward` on latents of height × width and captions padded to `caption_tokens`.
 
-    Padding is counted: it is computed. A caption that went through `encode_caption` before saves its part.
+    Padding is counted: it is computed. A caption that went through `encode_caption` before saves its part. `conditions`
+    are the shapes of what else the network is given, as what routes tokens, without their batch.
 
     Raises:
         InputError: a side is not a positive multiple of the patch size.
     """
-    return _around_blocks(config, height, width, caption_tokens, batch) + _blocks(
-        config, height, width, caption_tokens, batch
-    )
+    return batch * _count(config, height, width, caption_tokens, conditions or {}).total
 
 
 def training_flops(
-    config: PixArtConfig, height: int, width: int, caption_tokens: int, batch: int = 1, *, checkpointing: bool = False
-) -> int:
+    config: PixArtConfig, height: int, width: int, caption_tokens: int, batch: int = 1,
+    conditions: Shapes | None = None, *, checkpointing: bool = False,
+) -> int:  # fmt: skip
     """FLOPs of a forward and backward: three forwards, as every product's gradient is two products of its size.
 
     With `checkpointing` the blocks' second forward is added: the work done, where without it is the work that the model
     needs, which is what "model FLOPs utilisation" divides by the peak (arXiv 2204.02311, appendix B). Gradients of the
     network's inputs, which nobody computes, are counted too: 0.13 % of α-256, less of larger ones.
     """
-    flops = 3 * forward_flops(config, height, width, caption_tokens, batch)
-    return flops + checkpointing * _blocks(config, height, width, caption_tokens, batch)
+    count = _count(config, height, width, caption_tokens, conditions or {})
+    return batch * (3 * count.total + checkpointing * count.blocks)
 
 
-def _around_blocks(config: PixArtConfig, height: int, width: int, length: int, batch: int) -> int:
-    dim, patch = config.hidden_size, config.patch_size
-    tokens = _tokens(config, height, width)
-    total = _product(tokens, config.in_channels * patch**2, dim)  # patches
-    total += _number_embedder(dim) + _product(1, dim, 6 * dim)  # time, and t_block
-    if config.micro_conditions:
-        total += 3 * _number_embedder(dim // 3)  # height, width, aspect ratio
-    total += _product(length, config.caption_channels, dim) + _product(length, dim, dim)  # caption
-    total += _product(tokens, dim, config.out_channels * patch**2)  # final layer
-    return batch * total
-
-
-def _blocks(config: PixArtConfig, height: int, width: int, length: int, batch: int) -> int:
-    dim, ratio = config.hidden_size, config.kv_ratio
-    tokens, hidden = _tokens(config, height, width), int(config.hidden_size * config.mlp_ratio)
-    rows, columns = height // config.patch_size, width // config.patch_size
-    total = 0
-    for i in range(config.depth):
-        keys = tokens
-        if i in config.kv_blocks and config.kv_compression == "conv":
-            keys = (rows // ratio) * (columns // ratio)
-            total += 2 * _product(keys, ratio**2, dim)  # a depthwise convolution of keys and of values
-        elif i in config.kv_blocks:
-            keys = -(-rows // ratio) * -(-columns // ratio)  # every ratio-th token, from the first
-        total += _product(tokens, dim, 4 * dim) + _attention(tokens, keys, dim)
-        total += _product(tokens, dim, 2 * dim) + _product(length, dim, 2 * dim) + _attention(tokens, length, dim)
-        total += 2 * _product(tokens, dim, hidden)
-    return batch * total
-
-
-def _tokens(config: PixArtConfig, height: int, width: int) -> int:
+def _count(config: PixArtConfig, height: int, width: int, length: int, conditions: Shapes) -> Count:
     patch = config.patch_size
     if height < patch or width < patch or height % patch or width % patch:
         raise InputError(f"latent size {height} × {width}: expected positive multiples of the patch size {patch}")
-    return (height // patch) * (width // patch)
+    key = repr(config), height, width, length, tuple(sorted(conditions.items()))
+    if key not in _COUNTS:
+        _COUNTS[key] = _run(_model(config), height, width, length, conditions)
+    return _COUNTS[key]
 
 
-def _product(rows: int, inner: int, columns: int) -> int:
-    """A (rows, inner) matrix times an (inner, columns) one."""
-    return 2 * rows * inner * columns
+def _model(config: PixArtConfig) -> PixArt:
+    key = repr(config)
+    if key not in _MODELS:
+        with torch.device("meta"):
+            _MODELS[key] = PixArt(config).requires_grad_(False)
+    return _MODELS[key]
 
 
-def _attention(queries: int, keys: int, dim: int) -> int:
-    """Scores and their weighted sum of values, over all heads."""
-    return 2 * _product(queries, dim, keys)
+def _run(model: PixArt, height: int, width: int, length: int, conditions: Shapes) -> Count:
+    """A forward of one image in which a block whose kind is known only adds what that kind took."""
+    config, known, skipped, blocks = model.config, {}, 0, 0
+
+    def counted(block: nn.Module, forward):
+        def call(x: Tensor, *arguments):
+            nonlocal skipped, blocks
+            shapes = [a.shape if isinstance(a, Tensor) else str(a) for a in (x, *arguments)]
+            kind = str((_kind(block), shapes))
+            if kind in known:
+                skipped, blocks = skipped + known[kind], blocks + known[kind]
+                return x
+            before = counter.get_total_flops()
+            x = forward(x, *arguments)
+            known[kind] = counter.get_total_flops() - before
+            blocks += known[kind]
+            return x
+
+        return call
+
+    with torch.device("meta"), ExitStack() as stack:
+        given = {name: torch.empty(1, *shape) for name, shape in conditions.items()}
+        if config.micro_conditions:
+            given |= {"size": torch.empty(1, 2), "aspect_ratio": torch.empty(1)}
+        for block in model.blocks:
+            stack.callback(setattr, block, "forward", block.forward)
+            block.forward = counted(block, block.forward)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # whose products are those of attention, and no more
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        model(
+            torch.empty(1, config.in_channels, height, width), torch.empty(1),
+            torch.empty(1, length, config.caption_channels), torch.ones(1, length, dtype=torch.bool), **given,
+        )  # fmt: skip
+        return Count(counter.get_total_flops() + skipped, blocks)
 
 
-def _number_embedder(dim: int) -> int:
-    return _product(1, FREQUENCIES, dim) + _product(1, dim, dim)
+def _kind(block: nn.Module) -> str:
+    """What tells kinds of blocks apart: their modules with all plain settings, and the shapes of their weights."""
+    plain = (int, float, str, tuple, type(None))
+    parts = [
+        (name, type(part).__name__, [(k, v) for k, v in vars(part).items() if isinstance(v, plain) and k != "forward"])
+        for name, part in block.named_modules()
+    ]
+    return str((parts, [(name, tuple(p.shape)) for name, p in block.named_parameters()]))

@@ -1,15 +1,100 @@
-"""The layers of a PixArt block (PixArt-α, section 2.3; KV compression: PixArt-Σ, section 3.2).
+"""The layers of a PixArt block (PixArt-α, section 2.3; KV compression: PixArt-Σ, section 3.2), and what may stand in
+their place: norm, MLP, self-attention and conditioning are chosen by name.
 
 Letters in shape comments:
     B batch, N image tokens (h·w), M compressed image tokens, L caption tokens, D width, H heads, E width of a head
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pixart.errors import InputError
+from pixart.registry import Registry
+from pixart.seeds import Draw
+
+if TYPE_CHECKING:
+    from pixart.model.pixart import PixArtConfig
+
 CaptionKV = tuple[Tensor, Tensor]  # one block's caption keys and values, each (B, H, L, E)
+Generators = Callable[[str], torch.Generator]  # the name of a module's own tensor → its random numbers
+
+# each entry: a function of the width → a norm without weights, over the last dimension
+NORMS: Registry[Callable[[int], nn.Module]] = Registry("model.norm")
+# each entry: a class made as entry(in_features, hidden_features, out_features)
+MLPS: Registry[Callable[[int, int, int], nn.Module]] = Registry("model.mlp")
+# each entry: a class made as entry(config, index) and called as `SelfAttention` is
+ATTENTION: Registry[Callable[..., nn.Module]] = Registry("model.attention")
+CONDITIONING: Registry[Conditioning] = Registry("model.conditioning")
+# each entry: a subclass of `Routing`
+ROUTING: Registry[type[Routing]] = Registry("model.routing")
+
+
+class Layout(NamedTuple):
+    """Where the tokens of the stream stand."""
+
+    grid: tuple[int, int] | None  # rows and columns; None where tokens are missing from the grid, or more than it has
+    rotary: Tensor | None = None  # cosines and sines (2, N, E/2), or (2, B, 1, N, E/2) where images differ
+
+    def take(self, index: Tensor) -> Layout:
+        """The layout of the tokens `index` (B, M) of each image."""
+        return Layout(None, None if self.rotary is None else self.rotary[:, index][:, :, None])
+
+
+class Conditioning(NamedTuple):
+    """How the time reaches the blocks: what they share, the block's and the final layer's part of it, extra tokens."""
+
+    block: type[Block]
+    final: type[FinalLayer]
+    shared: Callable[[int], nn.Module] | None = None  # of the width: time (B, D) → what every block gets
+    tokens: Callable[[int], nn.Module] | None = None  # of the width: time (B, D) → tokens (B, n, D) before the image's
+
+
+class Routing:
+    """Tokens that skip blocks `first` to `last` (both inclusive, from 0) and return to their places as they left."""
+
+    first: int
+    last: int
+    conditions: Mapping[
+        str, Draw | None
+    ] = {}  # keywords of the network's call that `choose` reads, drawn if they say so
+
+    def __init__(self, config: PixArtConfig):
+        """Sets `first` and `last`."""
+
+    def choose(self, tokens: int, conditions: Mapping[str, Tensor]) -> Tensor | None:
+        """Which of an image's tokens go through the blocks: (B, M) indices; None routes nothing, as in sampling."""
+        return None
+
+
+@NORMS.register("layer_norm")
+def layer_norm(dim: int) -> nn.Module:
+    """LayerNorm without weights, as adaLN takes it."""
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` (B, M) of a stream (B, N, D) → (B, M, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def put_back(x: Tensor, index: Tensor, whole: Tensor) -> Tensor:
+    """A stream (B, N, D) whose tokens `index` (B, M) are now `x`; the others are as they were in `whole`."""
+    return whole.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), x.to(whole.dtype))
+
+
+def with_extra(index: Tensor, count: int) -> Tensor:
+    """Indices (B, M) of image tokens → of the stream's, whose first `count` are extra tokens that all stay."""
+    if not count:
+        return index
+    extra = torch.arange(count, device=index.device).expand(len(index), count)
+    return torch.cat([extra, index + count], dim=1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -17,6 +102,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): x (B, H, N, E), whose pairs (i, i + E/2) turn by the angles of `rotary`."""
+    cos, sin = rotary.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+@MLPS.register("gelu")
 class Mlp(nn.Module):
     """Two linear layers around a tanh-form GELU; (…, in_features) → (…, out_features)."""
 
@@ -30,43 +123,53 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+@ATTENTION.register("softmax")
 class SelfAttention(nn.Module):
     """Attention among the image tokens.
 
-    With `compression`, keys and values are taken on a grid `ratio` times coarser (PixArt-Σ, equation 2):
+    With `kv_compression`, keys and values are taken on a grid `kv_ratio` times coarser (PixArt-Σ, equation 2):
     "conv" by one strided depthwise convolution and LayerNorm shared by both, "uniform" by picking every
     ratio-th token. With `qk_norm`, queries and keys pass a LayerNorm over the full width, keys before compression.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, compression: str | None = None, ratio: int = 1, qk_norm=False):
+    def __init__(self, config: PixArtConfig, index: int):
         super().__init__()
-        self.num_heads = num_heads
-        self.compression = compression
-        self.ratio = ratio
+        dim, ratio = config.hidden_size, config.kv_ratio
+        self.num_heads, self.ratio = config.num_heads, ratio
+        self.compression = config.kv_compression if index in config.kv_blocks else None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        if compression == "conv":
+        if self.compression == "conv":
             self.sr = nn.Conv2d(dim, dim, kernel_size=ratio, stride=ratio, groups=dim)
             self.norm = nn.LayerNorm(dim)
-        self.q_norm = nn.LayerNorm(dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(dim) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim) if config.qk_norm else nn.Identity()
 
-    def compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def init_weights(self, _: Generators) -> None:
+        if self.compression == "conv":  # starts as the mean of a square
+            nn.init.constant_(self.sr.weight, self.ratio**-2)
+            nn.init.zeros_(self.sr.bias)
+
+    def compress(self, tokens: Tensor, layout: Layout) -> Tensor:
         if self.compression is None:
             return tokens
-        image = rearrange(tokens, "b (h w) d -> b d h w", h=grid[0], w=grid[1])
+        if layout.grid is None or layout.rotary is not None:
+            raise InputError("kv_compression needs all tokens of the grid and no rotary positions; use other kv_blocks")
+        image = rearrange(tokens, "b (h w) d -> b d h w", h=layout.grid[0], w=layout.grid[1])
         if self.compression == "uniform":
             return rearrange(image[:, :, :: self.ratio, :: self.ratio], "b d h w -> b (h w) d")
         return self.norm(rearrange(self.sr(image), "b d h w -> b (h w) d"))  # (B, M, D)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         # fmt: off
-        q, k, v = self.qkv(x).chunk(3, dim=-1)                     # 3 × (B, N, D)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)                              # 3 × (B, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
-        k, v = self.compress(k, grid), self.compress(v, grid)      # (B, M, D)
+        k, v = self.compress(k, layout), self.compress(v, layout)           # (B, M, D)
         q, k, v = (rearrange(z, "b n (h e) -> b h n e", h=self.num_heads) for z in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)                # (B, H, N, E)
-        return self.proj(rearrange(x, "b h n e -> b n (h e)"))     # (B, N, D)
+        if layout.rotary is not None:
+            q, k = rotate(q, layout.rotary), rotate(k, layout.rotary)
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, N, E)
+        return self.proj(rearrange(x, "b h n e -> b n (h e)"))              # (B, N, D)
         # fmt: on
 
 
@@ -79,6 +182,9 @@ class CrossAttention(nn.Module):
         self.q_linear = nn.Linear(dim, dim)
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
+
+    def init_weights(self, _: Generators) -> None:
+        nn.init.zeros_(self.proj.weight)  # a block starts without captions
 
     def encode(self, caption: Tensor) -> CaptionKV:
         """Projected caption (B, L, D) → its keys and values, which no time step changes."""
@@ -97,37 +203,77 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP; adaLN-single conditions the first and the last (figure 4)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, **attention):
+    def __init__(self, config: PixArtConfig, index: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = SelfAttention(dim, num_heads, **attention)
-        self.cross_attn = CrossAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+        dim = config.hidden_size
+        self.norm1 = NORMS[config.norm](dim)
+        self.attn = ATTENTION[config.attention](config, index)
+        self.cross_attn = CrossAttention(dim, config.num_heads)
+        self.norm2 = NORMS[config.norm](dim)
+        self.mlp = MLPS[config.mlp](dim, int(dim * config.mlp_ratio), dim)
+        self.add_modulation(dim)
+
+    def add_modulation(self, dim: int) -> None:
+        """What of the conditioning is this block's own; another conditioning overrides this and the next two."""
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
+    def init_weights(self, generators: Generators) -> None:
+        _init_table(self.scale_shift_table, generators)
+
+    def modulation(self, shared: Tensor) -> Tensor:
+        """What all blocks share, here t_block's (B, 6·D) → shift, scale, gate of attention, then of the MLP:
+        (B, 6, D)."""
+        return self.scale_shift_table + rearrange(shared, "b (six d) -> b six d", six=6)
+
     def forward(
-        self, x: Tensor, time6: Tensor, caption: Tensor | CaptionKV, mask: Tensor | None, grid: tuple[int, int]
+        self, x: Tensor, shared: Tensor, caption: Tensor | CaptionKV, mask: Tensor | None, layout: Layout
     ) -> Tensor:
-        """x (B, N, D), time6 (B, 6, D), caption (B, L, D) or its keys and values → (B, N, D)."""
+        """x (B, N, D), shared (B, 6·D), caption (B, L, D) or its keys and values → (B, N, D)."""
         kv = self.cross_attn.encode(caption) if isinstance(caption, Tensor) else caption
-        rows = self.scale_shift_table + time6  # (B, 6, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=1)  # (B, 1, D) each
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), grid))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared).chunk(6, dim=1)  # (B, 1, D) each
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), layout))
         x = x + self.cross_attn(x, kv, mask)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear map to pixels of a patch; (B, N, D) → (B, N, patch²·C)."""
+    """Modulated norm and a linear map to the values of a patch; (B, N, D) → (B, N, patch²·C)."""
 
-    def __init__(self, dim: int, patch_values: int):
+    def __init__(self, config: PixArtConfig):
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_values)
+        dim = config.hidden_size
+        self.norm_final = NORMS[config.norm](dim)
+        self.linear = nn.Linear(dim, config.patch_size**2 * config.out_channels)
+        self.add_modulation(dim)
+
+    def add_modulation(self, dim: int) -> None:
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
 
+    def init_weights(self, generators: Generators) -> None:
+        nn.init.zeros_(self.linear.weight)
+        _init_table(self.scale_shift_table, generators)
+
+    def modulation(self, time: Tensor) -> Tensor:
+        """The time embedding itself (B, D), not what t_block makes of it → shift, scale (B, 2, D)."""
+        return self.scale_shift_table + time[:, None]
+
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        # `time` is the embedding itself here, not what t_block makes of it
-        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # (B, 1, D)
+        shift, scale = self.modulation(time).chunk(2, dim=1)  # (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class TimeBlock(nn.Sequential):
+    """adaLN-single's one projection of the time for all blocks: (B, D) → (B, 6·D)."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def init_weights(self, generators: Generators) -> None:
+        nn.init.normal_(self[1].weight, std=0.02, generator=generators("1.weight"))
+
+
+CONDITIONING.register("adaln_single")(Conditioning(Block, FinalLayer, shared=TimeBlock))
+
+
+def _init_table(table: nn.Parameter, generators: Generators) -> None:
+    nn.init.normal_(table, std=table.shape[1] ** -0.5, generator=generators("scale_shift_table"))

@@ -1,24 +1,30 @@
 """PixArt: a text-to-image diffusion transformer (PixArt-α, arXiv 2310.00426; PixArt-Σ, arXiv 2403.04692).
 
-    tokens = patches + positions → depth × block(tokens, time, caption) → final layer → pixels of the patches
+    tokens = patches + positions → depth × block(tokens, time, caption) → final layer → values of the patches
 
-Parameters carry the names of the official files, so an official state dict loads as it is.
+Parameters carry the names of the official files, so an official state dict loads as it is. What a block is made of
+(conditioning, attention, norm, MLP), positions and routing are chosen by name, see `layers` and `embed`.
 Letters in shape comments:
     B batch, C latent channels, H × W latent size, p patch size, h × w tokens, N = h·w, L caption tokens, D width
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pixart.errors import InputError
-from pixart.model.embed import CaptionEmbedder, NumberEmbedder, PatchEmbed, grid_positions
-from pixart.model.layers import Block, CaptionKV, FinalLayer
-from pixart.seeds import derive_seed
+from pixart.model.embed import POSITIONS, CaptionEmbedder, NumberEmbedder, PatchEmbed
+from pixart.model.initialize import initialize
+from pixart.model.layers import CONDITIONING, ROUTING, CaptionKV, Layout, put_back, take, with_extra
+from pixart.seeds import Draw
+
+Edit = Callable[[int, Tensor], Tensor]  # a block's number and the stream after it → the stream from there on
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,13 @@ class PixArtConfig:
     kv_ratio: int = 2  # side of the square of tokens that becomes one key and value
     kv_blocks: tuple[int, ...] = ()  # the blocks that compress
     qk_norm: bool = False
+    conditioning: str = "adaln_single"  # by name, as the next ones: a key of CONDITIONING
+    positions: str = "sincos"  # of POSITIONS
+    attention: str = "softmax"  # of ATTENTION
+    norm: str = "layer_norm"  # of NORMS
+    mlp: str = "gelu"  # of MLPS
+    routing: str | None = None  # of ROUTING
+    options: dict[str, Any] = field(default_factory=dict)  # what variants of one's own need besides, by their own names
 
     def __post_init__(self):
         for name in ("hidden_size", "depth", "num_heads", "patch_size", "in_channels", "caption_channels",
@@ -49,7 +62,7 @@ class PixArtConfig:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected a positive number")
         if self.hidden_size % self.num_heads:
             raise InputError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.hidden_size % 4:
+        if self.positions == "sincos" and self.hidden_size % 4:
             raise InputError(f"hidden_size {self.hidden_size} is not a multiple of 4, which 2-D sin-cos positions need")
         if self.micro_conditions and self.hidden_size % 3:
             raise InputError(f"hidden_size {self.hidden_size} is not a multiple of 3, which micro_conditions need")
@@ -117,60 +130,27 @@ class PixArt(nn.Module):
         fresh = torch.get_default_device().type != "meta"  # else to be loaded into: nothing to draw or initialise
         # before the layers draw, whose number differs from idea to idea
         seed = int(torch.randint(2**62, (), device="cpu")) if fresh else 0
-        dim = config.hidden_size
+        dim, conditioning = config.hidden_size, CONDITIONING[config.conditioning]
         self.x_embedder = PatchEmbed(config.in_channels, dim, config.patch_size)
+        self.pos_embed = POSITIONS[config.positions](config)
         self.t_embedder = NumberEmbedder(dim)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.t_block = conditioning.shared(dim) if conditioning.shared else None
+        self.extra_tokens = conditioning.tokens(dim) if conditioning.tokens else None
         if config.micro_conditions:
             self.csize_embedder = NumberEmbedder(dim // 3)
             self.ar_embedder = NumberEmbedder(dim // 3)
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.caption_length)
-        self.blocks = nn.ModuleList(
-            Block(
-                dim, config.num_heads, config.mlp_ratio, qk_norm=config.qk_norm, ratio=config.kv_ratio,
-                compression=config.kv_compression if i in config.kv_blocks else None,
-            )
-            for i in range(config.depth)
-        )  # fmt: skip
-        self.final_layer = FinalLayer(dim, config.patch_size**2 * config.out_channels)
+        self.blocks = nn.ModuleList(conditioning.block(config, i) for i in range(config.depth))
+        self.final_layer = conditioning.final(config)
+        self.routing = ROUTING[config.routing](config) if config.routing else None
         if fresh:
-            self.initialize_weights(seed)
+            initialize(self, seed)
         self.register_load_state_dict_pre_hook(_take_out_positions)
 
-    @torch.no_grad()
-    def initialize_weights(self, seed: int) -> None:
-        """The authors' initialisation; output and cross-attention start at zero, so a block starts without captions.
-
-        Every tensor has a generator of its own, from `seed` and its name: networks that differ in one idea start alike
-        in all else.
-        """
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-
-        def by(name: str) -> torch.Generator:
-            return torch.Generator(tensors[name].device).manual_seed(derive_seed(seed, name))
-
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=by(f"{name}.weight"))
-                nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj.weight.flatten(1)  # (D, p·p·C)
-        nn.init.xavier_uniform_(patches, generator=by("x_embedder.proj.weight"))
-        bound = patches.shape[1] ** -0.5
-        nn.init.uniform_(self.x_embedder.proj.bias, -bound, bound, generator=by("x_embedder.proj.bias"))
-        for name, parameter in self.named_parameters():
-            embedders = ("t_embedder.", "csize_embedder.", "ar_embedder.", "t_block.", "y_embedder.")
-            if name.startswith(embedders) and name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02, generator=by(name))
-            elif name.endswith("scale_shift_table"):
-                nn.init.normal_(parameter, std=self.config.hidden_size**-0.5, generator=by(name))
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_attn.proj.weight)
-            if block.attn.compression == "conv":  # starts as the mean of a square
-                nn.init.constant_(block.attn.sr.weight, block.attn.ratio**-2)
-                nn.init.zeros_(block.attn.sr.bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        null = "y_embedder.y_embedding"
-        nn.init.normal_(tensors[null], std=self.config.caption_channels**-0.5, generator=by(null))
+    @property
+    def conditions(self) -> dict[str, Draw | None]:
+        """Keywords that `forward` takes besides its own, and the random numbers of those that are drawn."""
+        return dict(self.routing.conditions) if self.routing else {}
 
     def forward(
         self,
@@ -180,7 +160,11 @@ class PixArt(nn.Module):
         caption_mask: Tensor | None = None,
         size: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        edit: Edit | None = None,
+        keep: Collection[int] = (),
+        **conditions: Tensor,
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """One prediction of the network.
 
         Args:
@@ -190,14 +174,21 @@ class PixArt(nn.Module):
             caption_mask: (B, L), 1 = a token, 0 = padding; none means no padding. A row must keep a token.
             size: (B, 2) height and width in pixels; required with micro-conditions, refused without.
             aspect_ratio: (B,) height / width; likewise.
+            edit: called after every block with its number and the stream (B, N, D), extra tokens first and routed
+                tokens left out; what it returns goes on.
+            keep: numbers of blocks whose hidden states are returned too.
+            conditions: further tensors that the variant takes, those of `self.conditions`.
 
         Returns:
             (B, 2C, H, W) with `learn_sigma`: prediction and variance in [-1, 1]; else (B, C, H, W).
+            With `keep` a pair: that, and {block: (B, N, D)}, the image's tokens alone, all of them.
 
         Raises:
             InputError: a shape does not fit the model. Values are never looked at: that would synchronise the device.
         """
         self._check_shapes(x, t, size, aspect_ratio)
+        if unknown := conditions.keys() - self.conditions.keys():
+            raise InputError(f"{min(unknown)}: this model takes no such condition; it takes {[*self.conditions]}")
         p = self.config.patch_size
         grid = (x.shape[-2] // p, x.shape[-1] // p)
         if isinstance(caption, CaptionContext):
@@ -209,16 +200,29 @@ class PixArt(nn.Module):
             captions = [tokens] * len(self.blocks)  # each block makes its keys: cheaper to checkpoint
 
         # fmt: off
-        time, time6 = self.embed_time(t, size, aspect_ratio)                            # (B, D), (B, 6, D)
+        time = self.embed_time(t, size, aspect_ratio)                                   # (B, D)
+        shared = time if self.t_block is None else self.t_block(time)                   # (B, 6·D) in adaLN-single
         x = self.x_embedder(x)                                                          # (B, N, D)
-        x = x + self.positions(*grid, device=x.device).to(x.dtype)
-        for block, block_caption in zip(self.blocks, captions, strict=True):
+        x, layout = self._place(x, time, grid)                                          # (B, n + N, D)
+        here, chosen, hidden = layout, None, {}
+        for i, (block, block_caption) in enumerate(zip(self.blocks, captions, strict=True)):
+            if self.routing is not None and i == self.routing.first:
+                chosen = self.routing.choose(grid[0] * grid[1], conditions)             # (B, M) or None
+                if chosen is not None:
+                    chosen = with_extra(chosen, x.shape[1] - grid[0] * grid[1])
+                    whole, x, here = x, take(x, chosen), layout.take(chosen)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time6, block_caption, mask, grid, use_reentrant=False)
+                x = checkpoint(block, x, shared, block_caption, mask, here, use_reentrant=False)
             else:
-                x = block(x, time6, block_caption, mask, grid)                          # (B, N, D)
-        x = self.final_layer(x, time)                                                   # (B, N, p·p·C_out)
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
+                x = block(x, shared, block_caption, mask, here)                         # (B, n + N, D)
+            x = x if edit is None else edit(i, x)
+            if i in keep:
+                hidden[i] = self._image(x if chosen is None else put_back(x, chosen, whole), grid)
+            if chosen is not None and i == self.routing.last:
+                x, here, chosen = put_back(x, chosen, whole), layout, None
+        x = self.final_layer(self._image(x, grid), time)                                # (B, N, p·p·C_out)
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
+        return (x, hidden) if keep else x
         # fmt: on
 
     def encode_caption(self, caption: Tensor, caption_mask: Tensor | None = None) -> CaptionContext:
@@ -229,19 +233,38 @@ class PixArt(nn.Module):
         tokens, mask = self._project_caption(caption, caption_mask)
         return CaptionContext(tuple(block.cross_attn.encode(tokens) for block in self.blocks), mask)
 
-    def embed_time(self, t: Tensor, size: Tensor | None, aspect_ratio: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Time (and micro-conditions) → (B, D) for the final layer and (B, 6, D) for the blocks."""
+    def embed_time(self, t: Tensor, size: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
+        """Time (and micro-conditions) → (B, D)."""
         time = self.t_embedder(t)
         if self.config.micro_conditions:
             sides = rearrange(self.csize_embedder(size.flatten()), "(b two) d -> b (two d)", two=2)
             time = time + torch.cat([sides, self.ar_embedder(aspect_ratio)], dim=-1)
-        return time, rearrange(self.t_block(time), "b (six d) -> b six d", six=6)
+        return time
 
-    def positions(self, height: int, width: int, device=None) -> Tensor:
-        """Positions of a grid of height × width tokens → fp32 (height·width, D)."""
-        c = self.config
-        base = c.latent_size // c.patch_size
-        return grid_positions(height, width, c.hidden_size, base=base, scale=c.position_scale, device=device)
+    def positions(self, height: int, width: int, device=None) -> Tensor | None:
+        """What is added to the stream of a grid of height × width tokens: fp32 (height·width, D) for sincos."""
+        return self.pos_embed.added(height, width, device)
+
+    def _place(self, x: Tensor, time: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Layout]:
+        """Patches (B, N, D) → the stream with positions, after n extra tokens, and where its tokens stand."""
+        added, rotary = self.positions(*grid, device=x.device), self.pos_embed.rotary(*grid, device=x.device)
+        x = x if added is None else x + added.to(x.dtype)
+        if self.extra_tokens is None:
+            return x, Layout(grid, rotary)
+        tokens = self.extra_tokens(time).to(x.dtype)  # (B, n, D)
+        if rotary is not None:  # they stand nowhere: angle 0
+            cos, sin = (
+                F.pad(rotary[0], (0, 0, tokens.shape[1], 0), value=1.0),
+                F.pad(rotary[1], (0, 0, tokens.shape[1], 0)),
+            )
+            rotary = torch.stack([cos, sin])
+        return torch.cat([tokens, x], dim=1), Layout(None, rotary)
+
+    @staticmethod
+    def _image(x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The stream without extra tokens: (B, N, D)."""
+        extra = x.shape[1] - grid[0] * grid[1]
+        return x[:, extra:] if extra else x
 
     def compile_blocks(self, **options) -> None:
         """`torch.compile` each block in place: one compilation serves all, state-dict names stay as they are.
@@ -288,7 +311,7 @@ class PixArt(nn.Module):
 
 def _take_out_positions(model: PixArt, state: dict, prefix: str, *_) -> None:
     """Official files carry the position table they were trained with: check it against ours, never load it."""
-    stored = state.pop(prefix + "pos_embed", None)
+    stored = state.pop(prefix + "pos_embed", None) if model.config.positions == "sincos" else None
     if stored is None:
         return
     side = model.config.latent_size // model.config.patch_size

@@ -1,0 +1,64 @@
+"""Ideas by name: what a setting may choose from, and how a new one is added.
+
+    @MLPS.register("swiglu")
+    class SwiGLU(nn.Module): ...
+
+From then on `model.mlp: swiglu` chooses it. A file of one's own registers likewise, see `pixart.extensions`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from pixart.errors import InputError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names → implementations of one setting."""
+
+    def __init__(self, setting: str):
+        """`setting` is the key of a configuration that takes these names, for errors."""
+        self.setting = setting
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that adds what it decorates under `name`.
+
+        Raises:
+            InputError: the name is taken by something of another module.
+        """
+
+        def add(entry: T) -> T:
+            there = self._entries.get(name)
+            if there is not None and _origin(there) != _origin(entry):
+                raise InputError(f"{self.setting}: '{name}' is taken by {_origin(there)}; choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of that name. Raises InputError, with the nearest names, where there is none."""
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(
+                f"{self.setting}: there is no '{name}'{hint} (there are {', '.join(self._entries)}; a file that "
+                "registers another is given as extensions: [FILE] in a configuration, --extension or extensions=)"
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _origin(entry: object) -> str:
+    return str(getattr(entry, "__module__", type(entry).__module__))
