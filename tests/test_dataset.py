@@ -1,7 +1,6 @@
 """Samples and batches: pixels exactly, and randomness that is a function of (seed, epoch, id) alone."""
 
 import dataclasses
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.config import DataConfig
 from pixart.data.images import Record
-from pixart.data.samples import Batch, Captions, ImageDataset, collate, encode_captions
+from pixart.data.samples import Batch, Captions, Drawing, ImageDataset, collate, encode_captions
 from pixart.data.sources import scan
 from pixart.errors import InputError
 
@@ -50,7 +49,10 @@ def captions(records) -> Captions:
 
 @pytest.fixture
 def make(records, captions):
-    return partial(ImageDataset, records, captions, seed=0, latent_channels=4, downsample=8)
+    def make(seed: int = 0, **options) -> ImageDataset:
+        return ImageDataset(records, captions, Drawing(seed), **{"latent_channels": 4, "downsample": 8, **options})
+
+    return make
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_a_sample_depends_on_nothing_but_seed_epoch_and_id(make, records, captio
     np.random.seed(99)  # noqa: NPY002
     assert same(dataset[0, 5], first)
     # the same picture under another index, among other pictures
-    alone = ImageDataset([records[5]], captions, seed=0, latent_channels=4, downsample=8, flip=True)
+    alone = ImageDataset([records[5]], captions, Drawing(0), latent_channels=4, downsample=8, flip=True)
     assert same(alone[0, 0], first)
 
 
@@ -84,7 +86,7 @@ def test_another_epoch_seed_or_id_has_other_randomness(make, records, captions):
     moved = [dataclasses.replace(records[5], id="other.png")]
     base = make()[0, 5]
     others = [make()[1, 5], make(seed=1)[0, 5], make()[0, 6],
-              ImageDataset(moved, captions, seed=0, latent_channels=4, downsample=8)[0, 0]]  # fmt: skip
+              ImageDataset(moved, captions, Drawing(0), latent_channels=4, downsample=8)[0, 0]]  # fmt: skip
     for other in others:
         for name in RANDOM:
             assert not np.array_equal(base[name], other[name]), name
@@ -143,7 +145,9 @@ def test_noise_is_standard_normal_and_times_and_dropout_are_uniform(make):
 
 def test_noise_has_the_shape_of_the_latents(picture_record):
     record = picture_record(bucket=Bucket(0.5, 32, 64))
-    dataset = ImageDataset([record], Captions([torch.ones(1, 2)], {"a": 0}), seed=0, latent_channels=5, downsample=8)
+    dataset = ImageDataset(
+        [record], Captions([torch.ones(1, 2)], {"a": 0}), Drawing(0), latent_channels=5, downsample=8
+    )
     assert dataset[0, 0]["noise"].shape == dataset[0, 0]["posterior_noise"].shape == (5, 4, 8)
     assert dataset[0, 0]["pixels"].shape == (3, 32, 64)
     assert not torch.equal(dataset[0, 0]["noise"], dataset[0, 0]["posterior_noise"])
@@ -163,7 +167,7 @@ def test_pixels_are_the_pictures_from_minus_one_to_one_exactly(make, records):
 
 
 def test_flip_mirrors_half_of_the_pictures_and_leaves_the_rest(picture_record):
-    options = {"seed": 0, "latent_channels": 1, "downsample": 16, "cache": True}
+    options = {"drawing": Drawing(0), "latent_channels": 1, "downsample": 16, "cache": True}
     records, captions = [picture_record()], Captions([torch.ones(1, 2)], {"a": 0})
     before = ImageDataset(records, captions, **options)[0, 0]["pixels"]
     flipping = ImageDataset(records, captions, flip=True, **options)
@@ -184,9 +188,9 @@ def test_random_crops_cover_what_is_left_over_and_a_centre_crop_is_in_the_middle
     def left(pixels: torch.Tensor) -> int:
         return (windows == pixels).flatten(1).all(1).nonzero().item()
 
-    centre = ImageDataset([record], captions, seed=0, latent_channels=1, downsample=8)
+    centre = ImageDataset([record], captions, Drawing(0), latent_channels=1, downsample=8)
     assert {left(centre[epoch, 0]["pixels"]) for epoch in range(5)} == {16}
-    anywhere = ImageDataset([record], captions, seed=0, latent_channels=1, downsample=8, random_crop=True)
+    anywhere = ImageDataset([record], captions, Drawing(0), latent_channels=1, downsample=8, random_crop=True)
     lefts = [left(anywhere[epoch, 0]["pixels"]) for epoch in range(300)]
     assert set(lefts) == set(range(33))
     assert abs(np.mean(lefts) - 16) < 5 * 9.3 / 300**0.5
@@ -199,8 +203,8 @@ def test_the_cache_gives_the_same_and_reads_a_file_once(make, records, tmp_path)
             assert same(plain[key], cached[key])
     copy = tmp_path / "copy.png"
     copy.write_bytes(records[0].picture.read_bytes())
-    dataset = ImageDataset([dataclasses.replace(records[0], picture=copy)], plain.captions, seed=0, latent_channels=4,
-                           downsample=8, cache=True)  # fmt: skip
+    copied = [dataclasses.replace(records[0], picture=copy)]
+    dataset = ImageDataset(copied, plain.captions, Drawing(0), latent_channels=4, downsample=8, cache=True)
     before = dataset[0, 0]
     before["pixels"].zero_()  # whoever changes a sample does not change the cache
     copy.unlink()
@@ -239,7 +243,7 @@ def test_an_unreadable_picture_gets_weight_zero_and_is_named(picture_record, mon
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     good = picture_record(8, 8, name="good.png") if damage != "bomb" else dataclasses.replace(record, id="also.png")
     dataset = ImageDataset(
-        [record, good], Captions([torch.ones(2, 3)], {"a": 0}), seed=0, latent_channels=4, downsample=8, cache=True
+        [record, good], Captions([torch.ones(2, 3)], {"a": 0}), Drawing(0), latent_channels=4, downsample=8, cache=True
     )
     batch = collate([dataset[0, 0], dataset[0, 1]])
     assert batch.weight[0] == 0
@@ -256,7 +260,7 @@ def test_a_picture_that_is_back_is_used_again_with_a_cache(picture_record):
     content = record.picture.read_bytes()
     record.picture.write_bytes(b"")
     dataset = ImageDataset(
-        [record], Captions([torch.ones(2, 3)], {"a": 0}), seed=0, latent_channels=4, downsample=8, cache=True
+        [record], Captions([torch.ones(2, 3)], {"a": 0}), Drawing(0), latent_channels=4, downsample=8, cache=True
     )
     assert dataset[0, 0]["weight"] == 0.0
     record.picture.write_bytes(content)
@@ -267,7 +271,7 @@ def test_a_picture_that_is_back_is_used_again_with_a_cache(picture_record):
 def test_of_several_captions_each_is_taken_as_often(picture_record):
     names = ("a", "b", "c")
     captions = Captions([torch.full((1, 2), float(i)) for i in range(3)], {name: i for i, name in enumerate(names)})
-    dataset = ImageDataset([picture_record(captions=names)], captions, seed=0, latent_channels=1, downsample=16)
+    dataset = ImageDataset([picture_record(captions=names)], captions, Drawing(0), latent_channels=1, downsample=16)
     taken = [int(dataset[epoch, 0]["caption"][0, 0]) for epoch in range(600)]
     assert all(abs(taken.count(i) - 200) < 5 * (600 * 2 / 9) ** 0.5 for i in range(3))
 
@@ -276,7 +280,7 @@ def test_micro_conditions_are_the_original_size_and_the_buckets_rounded_ratio(pi
     table = bucket_table(256, 16)
     bucket = next(b for b in table if b.ratio == 0.57)
     dataset = ImageDataset(
-        [picture_record(190, 110, bucket)], Captions([torch.ones(1, 2)], {"a": 0}), seed=0, latent_channels=4,
+        [picture_record(190, 110, bucket)], Captions([torch.ones(1, 2)], {"a": 0}), Drawing(0), latent_channels=4,
         downsample=8,
     )  # fmt: skip
     batch = collate([dataset[0, 0]])

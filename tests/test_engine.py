@@ -61,7 +61,7 @@ def test_a_step_never_waits_for_the_device(base, changes):
     config = build(base, **changes)
     session = start(config)
     batches = iter(session.loader)
-    arguments = session.schedule, session.autoencoder, config
+    arguments = session.autoencoder, config
     train_step(session.state, [next(batches)], *arguments)  # the optimizer's state is made here, once
     micro_batches = [next(batches)]
     with NoWaiting():
@@ -73,7 +73,7 @@ def test_the_guard_sees_an_optimizer_that_cannot_skip_on_the_device(base):
     config = build(base, optimizer__name="muon")
     session = start(config)
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
-        train_step(session.state, [next(iter(session.loader))], session.schedule, session.autoencoder, config)
+        train_step(session.state, [next(iter(session.loader))], session.autoencoder, config)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
@@ -81,15 +81,15 @@ def test_the_guard_sees_an_optimizer_that_cannot_skip_on_the_device(base):
 def test_a_skipped_step_leaves_every_bit_as_it_was(base, name, kind):
     config = build(base, optimizer__name=name, optimizer__skip_above=1e4)
     session = start(config)
-    state, arguments = session.state, (session.schedule, session.autoencoder, config)
+    state, arguments = session.state, (session.autoencoder, config)
     batches = iter(session.loader)
     train_step(state, [next(batches)], *arguments)
 
     def everything():
         moments = take_moments(
-            state.optimizer, dict(state.model.named_parameters()), lambda _, value: value.clone(), main=True
+            state.optimizer, dict(state.parts.named_parameters()), lambda _, value: value.clone(), main=True
         )
-        weights = {f"{i}{name}": v.clone() for i, m in enumerate((state.model, state.ema))
+        weights = {f"{i}{name}": v.clone() for i, m in enumerate((state.parts.network, state.parts.average))
                    for name, v in m.state_dict().items()}  # fmt: skip
         return {**weights, **moments.tensors}
 
@@ -110,7 +110,7 @@ def test_a_skipped_step_leaves_every_bit_as_it_was(base, name, kind):
 
 def test_the_loss_scaler_and_the_skipping_go_together():
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = make_optimizer([parameter], OptimizerConfig(lr=0.1))
+    optimizer = make_optimizer({"weight": parameter}, OptimizerConfig(lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for factor, expected in ((1.0, 8.0), (math.inf, 4.0)):
         before = parameter.detach().clone()
@@ -241,7 +241,7 @@ def test_a_checkpoint_says_where_it_comes_from(base):
 def test_any_rows_of_the_moments_can_be_read_whoever_wrote_them(tmp_path, writers):
     torch.manual_seed(0)
     parameters = {"a": torch.nn.Parameter(torch.randn(7, 3)), "b": torch.nn.Parameter(torch.randn(2))}
-    optimizer = make_optimizer(parameters.values(), OptimizerConfig(lr=0.1))
+    optimizer = make_optimizer(parameters, OptimizerConfig(lr=0.1))
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

@@ -22,7 +22,7 @@ from pixart.data import webdataset
 from pixart.data.buckets import SIZES_1024, Bucket, bucket_table, own_buckets
 from pixart.data.config import DataConfig
 from pixart.data.images import Record, ScanReport, load_image
-from pixart.data.samples import Captions, ImageDataset, collate
+from pixart.data.samples import Captions, Drawing, ImageDataset, collate
 from pixart.data.sources import make_table as make_buckets
 from pixart.data.sources import recognise, scan
 from pixart.errors import InputError
@@ -118,7 +118,7 @@ def test_worker_processes_read_them_too(samples, tmp_path, layout, start):
     records = look(make(samples, tmp_path / "set"), captions={"text": 1.0, "llava": 1.0}).records
     texts = sorted({caption for record in records for caption in record.captions})
     states = Captions([torch.full((1, 2), float(i)) for i in range(len(texts))], {t: i for i, t in enumerate(texts)})
-    dataset = ImageDataset(records, states, seed=0, latent_channels=3, downsample=1)
+    dataset = ImageDataset(records, states, Drawing(0), latent_channels=3, downsample=1)
     keys = [(epoch, index) for epoch in range(20) for index in range(8)]
     loader = DataLoader(
         dataset, sampler=keys, batch_size=8, num_workers=2, collate_fn=collate, multiprocessing_context=start
@@ -281,8 +281,9 @@ def test_weights_that_are_none_are_refused(captions, message):
 
 
 def test_an_unknown_format_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="format: got 'wds', expected one of auto, folder, webdataset, datasets"):
-        build(DataConfig, {"folder": "x", "format": "wds"})
+    config = build(DataConfig, {"folder": str(Path(__file__).parent), "format": "wds"})
+    with pytest.raises(InputError, match=r"data.format: there is no 'wds' \(there are folder, webdataset, datasets"):
+        scan(config, [])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

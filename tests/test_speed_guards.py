@@ -14,7 +14,7 @@ from pixart.benchmark.networks import call_diffusers, network_in_diffusers
 from pixart.benchmark.training import random_batch
 from pixart.checkpoint import ModelCard
 from pixart.data.buckets import bucket_table
-from pixart.diffusion import make_schedule
+from pixart.diffusion.objective import Denoising
 from pixart.diffusion.sampling import SampleConfig
 from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder
 from pixart.inference.latents import sample_latents
@@ -22,7 +22,7 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.model.flops import forward_flops, training_flops
 from pixart.model.linear import Linear
 from pixart.train.ema import make_ema, update_ema
-from pixart.train.step import batch_losses
+from pixart.train.step import make_example
 from runs import build, settings
 from toy import TINY, relative, tiny_inputs, tiny_model
 
@@ -43,6 +43,10 @@ def caption_flops(config: PixArtConfig, tokens: int) -> int:
     """The caption's own layers: a two-layer projection, and every block's keys and values."""
     width = config.hidden_size
     return 2 * tokens * (config.caption_channels * width + width**2 + config.depth * 2 * width**2)
+
+
+def losses_of(model: PixArt, batch, config) -> dict[str, torch.Tensor]:
+    return Denoising(config.diffusion, model)(model, make_example(batch, model, IdentityAutoencoder(), config))
 
 
 def train_settings(tmp_path, **changes):
@@ -80,10 +84,10 @@ def test_outside_the_guidance_interval_half_the_work_is_done_and_the_captions_ar
 def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(tmp_path):
     config = train_settings(tmp_path)
     model, batch = PixArt(config.model), random_batch(config)
-    ema, schedule = make_ema(model), make_schedule(config.diffusion)
+    ema = make_ema(model)
 
     def step():
-        losses = batch_losses(model, model, batch, schedule, IdentityAutoencoder(), config)
+        losses = losses_of(model, batch, config)
         losses["loss"].mean().backward()
         update_ema(ema, model, 0.9, torch.tensor(True, device=next(model.parameters()).device))
 
@@ -143,7 +147,7 @@ def test_losses_gradients_and_averages_run_on_the_meta_device(tmp_path, schedule
         model.gradient_checkpointing = checkpointing
         ema = make_ema(model)
     batch = random_batch(config).to("meta")
-    losses = batch_losses(model, model, batch, make_schedule(config.diffusion), IdentityAutoencoder(), config)
+    losses = losses_of(model, batch, config)
     losses["loss"].mean().backward()
     update_ema(ema, model, 0.9, torch.tensor(True, device=next(model.parameters()).device))
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -180,13 +184,13 @@ def test_compiled_blocks_are_compiled_once_for_all_steps_of_a_sampling_call():
 
 def test_compiled_blocks_are_compiled_once_for_all_steps_of_training(tmp_path):
     config = train_settings(tmp_path)
-    model, schedule = PixArt(config.model), make_schedule(config.diffusion)
+    model = PixArt(config.model)
     batch = random_batch(config)
     with no_break_and_no_recompilation():
         model.compile_blocks(backend="aot_eager", dynamic=False)
         for step in range(3):
             batch.time.fill_(0.1 + 0.3 * step)
-            losses = batch_losses(model, model, batch, schedule, IdentityAutoencoder(), config)
+            losses = losses_of(model, batch, config)
             losses["loss"].mean().backward()
 
 

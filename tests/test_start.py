@@ -12,8 +12,8 @@ from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.errors import InputError
 from pixart.model import PixArt, PixArtConfig
-from pixart.model.layers import Layout
 from pixart.model.embed import sinusoid
+from pixart.model.layers import Layout
 from pixart.train.loop import train
 from pixart.train.preflight import check_sources
 from runs import build, make_pictures, make_text_encoder, settings

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import pixart.features.extract as run_module
+import pixart.features.extraction as run_module
 from features import contents, make_store
 from pixart.data.images import load_image
 from pixart.data.sources import scan

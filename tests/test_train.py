@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pixart.train.step as step_module
+import pixart.diffusion.objective as objective_module
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
@@ -200,14 +200,14 @@ def test_gradient_checkpointing_and_workers_change_no_number(base):
 
 
 def test_a_non_finite_step_is_skipped_and_counted(base, monkeypatch):
-    original, calls = step_module.diffusion_loss, []
+    original, calls = objective_module.diffusion_loss, []
 
     def poisoned(*arguments):
         losses = original(*arguments)
         calls.append(1)
         return {**losses, "loss": losses["loss"] * math.nan} if len(calls) == 3 else losses
 
-    monkeypatch.setattr(step_module, "diffusion_loss", poisoned)
+    monkeypatch.setattr(objective_module, "diffusion_loss", poisoned)
     result = train(build(base, train__save_every=1, train__keep=9))
     before, after = (tensors(result.run / "checkpoints" / f"step_0000000{i}") for i in (2, 3))
     for name in before:
@@ -218,7 +218,7 @@ def test_a_non_finite_step_is_skipped_and_counted(base, monkeypatch):
 
 
 def test_ten_non_finite_steps_in_a_row_stop_the_run(base, monkeypatch):
-    monkeypatch.setattr(step_module, "diffusion_loss", lambda *a: {"loss": a[2].flatten(1).mean(1) * math.nan})
+    monkeypatch.setattr(objective_module, "diffusion_loss", lambda *a: {"loss": a[2].flatten(1).mean(1) * math.nan})
     with pytest.raises(InputError, match="10 steps in a row were not finite, the last at step 10"):
         train(build(base, train__steps=50))
 
@@ -281,7 +281,7 @@ def test_optimizers_go_by_name(base, name):
 
 
 def test_unknown_optimizers_and_options_are_refused():
-    parameter = [torch.nn.Parameter(torch.zeros(2, 2))]
+    parameter = {"weight": torch.nn.Parameter(torch.zeros(2, 2))}
     with pytest.raises(InputError, match="no 'adamx'; near it are"):
         make_optimizer(parameter, OptimizerConfig(name="adamx"))
     with pytest.raises(InputError, match="refuses its options"):

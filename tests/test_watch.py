@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import pixart.diffusion.objective as objective_module
 import pixart.train.log as watch_module
 import pixart.train.loop as loop_module
-import pixart.train.step as step_module
 from pixart.config import dump_yaml
 from pixart.errors import InputError
 from pixart.files import append_line, read_rows
 from pixart.model import PixArt
 from pixart.train.loop import train
+from pixart.train.parts import TrainingModule
 from pixart.train.report import read_gpu_hours
 from pixart.train.throughput import measure_peak
 from pixart.train.timestep_bins import quarter_means, sum_by_quarter
@@ -45,14 +46,14 @@ def read(run: Path, name: str) -> dict:
 
 
 def test_losses_by_quarter_of_the_times_are_those_of_a_direct_count(base, monkeypatch):
-    original, seen = step_module.batch_losses, []
+    original, seen = TrainingModule.forward, []
 
-    def spy(network, model, batch, *arguments, **options):
-        losses = original(network, model, batch, *arguments, **options)
-        seen.extend(zip(batch.time.tolist(), losses["loss"].tolist(), strict=True))
+    def spy(module, example):
+        losses = original(module, example)
+        seen.extend(zip(example.time.tolist(), losses["loss"].tolist(), strict=True))
         return losses
 
-    monkeypatch.setattr(step_module, "batch_losses", spy)
+    monkeypatch.setattr(TrainingModule, "forward", spy)
     run = train(build(base, train__log_every=3, train__accumulation=2)).run
     for row, pictures in zip(rows(run), (seen[:12], seen[12:]), strict=True):
         for i in range(4):
@@ -160,7 +161,7 @@ def test_a_stopped_run_says_so_and_its_continuation_replaces_that(base, monkeypa
 
 
 def test_a_failed_run_says_why_and_no_summary_of_an_earlier_start_stays(base, monkeypatch):
-    monkeypatch.setattr(step_module, "diffusion_loss", lambda *a: {"loss": a[2].flatten(1).mean(1) * math.nan})
+    monkeypatch.setattr(objective_module, "diffusion_loss", lambda *a: {"loss": a[2].flatten(1).mean(1) * math.nan})
     with pytest.raises(InputError):
         train(build(base, train__steps=20))
     run = Path(base["output"])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.images import Record
-from pixart.data.samples import collate
+from pixart.data.samples import Drawing, collate
 from pixart.features.build import EncodedBatch, Share, finish, note_file, write_captions, write_json, write_samples
 from pixart.features.samples import FeatureDataset
 from pixart.features.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
@@ -116,7 +116,7 @@ def throughput(folder: Path, *, batch_size: int, workers: int, cold: bool) -> di
             store = FeatureStore(folder / name)
             batches = BucketBatches(store.bucket_numbers, batch_size, seed=0)
             loader = DataLoader(
-                FeatureDataset([store], [None], seed=0), batch_sampler=batches,
+                FeatureDataset([store], [None], Drawing(0)), batch_sampler=batches,
                 collate_fn=partial(collate, length=LENGTH), **options,
             )  # fmt: skip
         begun, seen, total = time.perf_counter(), 0, count // batch_size * batch_size

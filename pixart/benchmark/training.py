@@ -34,7 +34,7 @@ def optimizer_case(settings: Settings) -> Case:
     config = OptimizerConfig()
 
     def ours() -> Call:
-        optimizer, ema = make_optimizer(model.parameters(), config), make_ema(model)
+        optimizer, ema = make_optimizer(dict(model.named_parameters()), config), make_ema(model)
         applied = torch.tensor(True, device=settings.device)
 
         def call() -> None:
@@ -79,13 +79,13 @@ def train_case(settings: Settings) -> Case:
     config = replace(config, output="unused", init_from=None, train=loop)
     if loop.mixed_precision == "fp16":
         raise InputError(f"case train, {settings.config}: expected train.mixed_precision bf16 or no, got fp16")
-    batch, schedule = random_batch(config).to(settings.device), make_schedule(config.diffusion)
+    batch = random_batch(config).to(settings.device)
 
     def ours(compiled: bool = False) -> Call:
         chosen = replace(config, train=replace(config.train, compile=compiled))
         accelerator = make_accelerator(chosen, cpu=not settings.cuda)
         state = build_state(chosen, accelerator, Processes(accelerator, chosen.train.timeout), None, fresh=True)
-        return lambda: train_step(state, [batch], schedule, IdentityAutoencoder(), chosen)
+        return lambda: train_step(state, [batch], IdentityAutoencoder(), chosen)
 
     programs: dict[str, Callable[[], Call]] = {"ours": ours}
     if settings.cuda or "ours-compiled" in settings.programs:
@@ -154,7 +154,7 @@ def plain_step(config: TrainConfig, batch: Batch, settings: Settings, *, mode: s
 def plain_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer.name == "adamw":
         return torch.optim.AdamW(network.parameters(), lr=config.optimizer.lr)
-    return make_optimizer(network.parameters(), config.optimizer)
+    return make_optimizer(dict(network.named_parameters()), config.optimizer)
 
 
 def _weights(model: nn.Module) -> str:

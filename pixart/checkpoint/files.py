@@ -38,12 +38,17 @@ def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS, state)
+    (folder / CONFIG).write_text(json.dumps(to_dict(card), indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a safetensors file, and the folder it lies in. Raises OSError as `save_model`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     except SafetensorError as error:  # the library's own type for an I/O error
         raise OSError(str(error)) from None
-    (folder / CONFIG).write_text(json.dumps(to_dict(card), indent=2) + "\n", encoding="utf-8")
 
 
 def read_card(folder: Path, name: str = CONFIG) -> ModelCard:

@@ -6,8 +6,6 @@ from typing import Literal
 
 from pixart.errors import InputError
 
-Format = Literal["auto", "folder", "webdataset", "datasets", "official", "sam"]
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -15,10 +13,13 @@ class DataConfig:
     # a feature store: `scripts/extract.py` makes it of `folder`, training then reads it and nothing of `folder`
     features: str | None = None
     mix: dict[str, float] = field(default_factory=dict)  # further stores → how often an epoch shows each, 1 is once
-    format: Format = "auto"  # auto goes by the files that are there
+    format: str = "auto"  # a key of SOURCES; auto goes by the files that are there
     # caption field, or path of a .jsonl of scripts/caption.py → how often it is taken; empty is the first of text,
     # caption, captions, prompt that there is
     captions: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, str] = field(default_factory=dict)  # keyword of the network → array, see `pixart.data.arrays`
+    targets: dict[str, str] = field(default_factory=dict)  # name for the objective → array
+    draws: Literal["by_name", "in_order"] = "by_name"  # of random numbers; in_order is how runs before format 2 drew
     images: str | None = None  # where the paths of an official list start; by the official rule if it is not told
     prepare: Literal["openmoji"] | None = None  # make the folder's content, if it is not there yet
     resolution: int = 256  # side in pixels of the square bucket

@@ -1,12 +1,13 @@
 """Samples and batches for training: pixels or latents, caption states, and every random number the sample will need.
 
-All randomness of a sample is a function of (seed, pass, sample id) and drawn here, on the CPU: so a run does not
-depend on the number of processes or workers, and two experiments see the same noise.
+Every random number of a sample is a function of (seed, epoch, sample id, its own name) and drawn here, on the CPU: so a
+run does not depend on the number of processes or workers, two experiments see the same noise, and what one idea draws
+besides changes no other number.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from pixart.data.arrays import Extras, Maker
 from pixart.data.batches import Key
 from pixart.data.buckets import Bucket
 from pixart.data.images import UNREADABLE, Record, load_image
 from pixart.errors import InputError
-from pixart.seeds import derive_seed
+from pixart.seeds import Draw, derive_seed
 
 # lengths that captions of a batch are padded to, up to the model's own: few, so that few shapes are compiled
 CAPTION_LENGTHS = (16, 32, 64, 128, 256)
@@ -41,10 +43,18 @@ class Batch:
     weight: Tensor  # (B,) 1, or 0 for a sample that could not be read
     ids: list[str]
     problems: list[tuple[str, str]]  # (id, reason) of the unreadable ones
+    conditions: dict[str, Tensor] = field(default_factory=dict)  # further keywords of the network's call, (B, …) each
+    targets: dict[str, Tensor] = field(default_factory=dict)  # arrays for the objective, (B, …) each
+    draws: dict[str, Tensor] = field(default_factory=dict)  # random numbers for the objective, (B, …) each
 
     def _map(self, change) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        changed = {}
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, dict):
+                changed[name] = {key: change(tensor) for key, tensor in value.items()}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -57,24 +67,89 @@ class Batch:
         self._map(lambda tensor: tensor.record_stream(stream))
 
 
-@dataclass(frozen=True)
 class Draws:
-    """A sample's random numbers: all of them, always, so that using one or not does not change the others."""
+    """A sample's random numbers in one epoch, each from a generator of its own, by its name.
 
-    time: float
-    drop: float
-    flip: float
-    caption: float
-    top: float
-    left: float
-    noise: Tensor  # (C, h, w)
-    posterior_noise: Tensor
+    So using one or not, or drawing more, changes no other.
+    """
+
+    def __init__(self, seed: int, epoch: int, sample_id: str, latent: tuple[int, int, int], patch_size: int = 1):
+        """
+        Args:
+            latent: (C, h, w), of the sample's latents.
+            patch_size: of the network, whose tokens are (h / patch_size) · (w / patch_size).
+        """
+        self.key, self.latent = (seed, epoch, sample_id), latent
+        self.tokens = (latent[1] // patch_size) * (latent[2] // patch_size)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """Numbers in [0, 1)."""
+        return torch.rand(shape, generator=self._generator(name))
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal numbers."""
+        return torch.randn(shape, generator=self._generator(name))
+
+    def of(self, name: str, draw: Draw) -> Tensor:
+        """What `draw` describes."""
+        shape = {"sample": (), "token": (self.tokens,), "latent": self.latent}[draw.shape]
+        return getattr(self, draw.kind)(name, *shape)
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(*self.key, name))
 
 
-def draw(seed: int, turn: int, sample_id: str, shape: tuple[int, int, int]) -> Draws:
-    """The random numbers of a sample in one pass; uniform in [0, 1), normal for the latents' shape (C, h, w)."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, turn, sample_id))
-    return Draws(*torch.rand(6, generator=generator).tolist(), *torch.randn(2, *shape, generator=generator))
+class DrawsInOrder(Draws):
+    """As runs before format 2 drew: one generator for a sample, all numbers in one order (`data.draws: in_order`)."""
+
+    def __init__(self, seed: int, epoch: int, sample_id: str, latent: tuple[int, int, int], patch_size: int = 1):
+        super().__init__(seed, epoch, sample_id, latent, patch_size)
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch, sample_id))
+        numbers = torch.rand(6, generator=generator)
+        self.known = dict(zip(("time", "drop", "flip", "caption", "top", "left"), numbers, strict=True))
+        self.known["noise"], self.known["posterior_noise"] = torch.randn(2, *latent, generator=generator)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        return self.known[name] if name in self.known else super().uniform(name, *shape)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        return self.known[name] if name in self.known else super().normal(name, *shape)
+
+
+DRAWS = {"by_name": Draws, "in_order": DrawsInOrder}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a data set draws its samples' numbers, and what else they have."""
+
+    seed: int
+    patch_size: int = 1
+    draws: str = "by_name"  # a key of DRAWS
+    extras: Extras = field(default_factory=Extras)
+
+    def __call__(self, epoch: int, sample_id: str, latent: tuple[int, int, int]) -> Draws:
+        return DRAWS[self.draws](self.seed, epoch, sample_id, latent, self.patch_size)
+
+    def common(self, draws: Draws, sample: "Sample", arrays: Mapping[str, Tensor], problem: str | None) -> dict:
+        """The entries of a sample that do not depend on where it comes from; `arrays` by the names of their makers."""
+        extras = self.extras
+        return {
+            "noise": draws.normal("noise", *draws.latent),
+            "time": float(draws.uniform("time")),
+            "drop": float(draws.uniform("drop")),
+            "size": (float(sample.height), float(sample.width)),
+            "aspect_ratio": sample.bucket.ratio,
+            "weight": float(problem is None),
+            "id": sample.id,
+            "problem": problem,
+            "conditions": {
+                key: arrays[what] if isinstance(what, str) else draws.of(key, what)
+                for key, what in extras.conditions.items()
+            },
+            "targets": {key: arrays[what] for key, what in extras.targets.items()},
+            "draws": {key: draws.of(key, what) for key, what in extras.draws.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -89,54 +164,61 @@ class Captions:
 
 
 class ImageDataset(Dataset):
-    """Captioned images with their captions' states, by (pass, index) keys; see `Batch` for what comes out."""
+    """Captioned images with their captions' states, by (epoch, index) keys; see `Batch` for what comes out."""
 
     def __init__(
         self,
         records: Sequence[Record],
         captions: Captions,
+        drawing: Drawing,
         *,
-        seed: int,
         latent_channels: int,
         downsample: int,
         flip: bool = False,
         random_crop: bool = False,
         posterior_mean: bool = False,
         cache: bool = False,
+        makers: Mapping[str, Maker] | None = None,
     ):
         """
         Args:
+            drawing: where the samples' random numbers come from.
             latent_channels, downsample: of the autoencoder, for the shape of the noise.
-            flip: mirror half of the pictures.
+            flip: mirror half of the images.
             random_crop: crop anywhere, not in the middle.
             posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
-            cache: keep decoded pictures in memory; not with `random_crop`.
+            cache: keep decoded images in memory; not with `random_crop`.
+            makers: of the arrays that `drawing` asks for.
         """
         if cache and random_crop:
             raise InputError("data: cache keeps cropped pictures, so it cannot be on together with random_crop")
-        self.records, self.captions, self.seed = records, captions, seed
+        self.records, self.captions, self.drawing = records, captions, drawing
         self.latent_channels, self.downsample = latent_channels, downsample
         self.flip, self.random_crop, self.posterior_mean = flip, random_crop, posterior_mean
+        self.makers = makers or {}
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: Key) -> dict:
-        turn, index = key
+        epoch, index = key
         record = self.records[index]
         shape = (self.latent_channels, record.bucket.height // self.downsample, record.bucket.width // self.downsample)
-        draws = draw(self.seed, turn, record.id, shape)
-        image, problem = self._read(index, (draws.top, draws.left) if self.random_crop else (0.5, 0.5))
-        if self.flip and draws.flip < 0.5:
+        draws = self.drawing(epoch, record.id, shape)
+        crop = (float(draws.uniform("top")), float(draws.uniform("left"))) if self.random_crop else (0.5, 0.5)
+        image, problem = self._read(index, crop)
+        mirrored = self.flip and bool(draws.uniform("flip") < 0.5)
+        if mirrored:
             image = image[:, ::-1]
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1
-        posterior_noise = torch.zeros_like(draws.noise) if self.posterior_mean else draws.posterior_noise
+        noise = torch.zeros(shape) if self.posterior_mean else draws.normal("posterior_noise", *shape)
+        arrays = {name: make(pixels[None], [record], mirrored)[0] for name, make in self.makers.items()}
         return {
             "pixels": pixels,
-            "posterior_noise": posterior_noise,
-            "caption": self.captions[record.choose(draws.caption)],
-            **common_values(draws, record, problem),
+            "posterior_noise": noise,
+            "caption": self.captions[record.choose(float(draws.uniform("caption")))],
+            **self.drawing.common(draws, record, arrays, problem),
         }
 
     def _read(self, index: int, crop: tuple[float, float]) -> tuple[np.ndarray, str | None]:
@@ -153,26 +235,12 @@ class ImageDataset(Dataset):
 
 
 class Sample(Protocol):
-    """What `common_values` needs of an image: a `Record`, or one of a feature store."""
+    """What `Drawing.common` needs of an image: a `Record`, or one of a feature store."""
 
     id: str
     height: int  # of the original image
     width: int
     bucket: Bucket
-
-
-def common_values(draws: Draws, sample: Sample, problem: str | None) -> dict:
-    """The entries of a sample that do not depend on where it comes from."""
-    return {
-        "noise": draws.noise,
-        "time": draws.time,
-        "drop": draws.drop,
-        "size": (float(sample.height), float(sample.width)),
-        "aspect_ratio": sample.bucket.ratio,
-        "weight": float(problem is None),
-        "id": sample.id,
-        "problem": problem,
-    }
 
 
 def collate(samples: list[dict], *, length: int | None = None) -> Batch:
@@ -203,6 +271,10 @@ def collate(samples: list[dict], *, length: int | None = None) -> Batch:
         caption_mask=torch.arange(padded)[None, :] < lengths[:, None],
         ids=[s["id"] for s in samples],
         problems=[(s["id"], s["problem"]) for s in samples if s["problem"]],
+        **{
+            group: {name: stack([s[group][name] for s in samples]) for name in samples[0].get(group, ())}
+            for group in ("conditions", "targets", "draws")
+        },
     )
 
 

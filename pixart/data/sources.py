@@ -6,8 +6,7 @@ the captions, and sorts the pictures into buckets.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,15 @@ from pixart.data.lists import LISTS, read_official, read_sam
 from pixart.data.tables import read_table
 from pixart.data.webdataset import PACKED_SUFFIXES, read_webdataset
 from pixart.errors import InputError
+from pixart.registry import Registry
+
+# each entry: a function of the source's path and the caption fields that are wanted, which yields an `Item` an image
+SOURCES: Registry[Callable[..., Iterator[Item]]] = Registry("data.format")
+for _name, _reader in (
+    ("folder", read_folder), ("webdataset", read_webdataset), ("datasets", read_table), ("official", read_official),
+    ("sam", read_sam),
+):  # fmt: skip
+    SOURCES.register(_name)(_reader)
 
 
 def make_table(config: DataConfig, multiple: int) -> list[Bucket]:
@@ -88,14 +96,8 @@ def read_items(config: DataConfig, fields: Fields) -> tuple[str, Iterator[Item]]
     kind = recognise(path) if config.format == "auto" else config.format
     if config.images is not None and kind != "official":
         raise InputError(f"data.images is where an official list's paths start, but {path} is read as {kind}")
-    readers = {
-        "folder": read_folder,
-        "webdataset": read_webdataset,
-        "datasets": read_table,
-        "official": partial(read_official, images=config.images),
-        "sam": read_sam,
-    }
-    return kind, readers[kind](path, fields)
+    options = {"images": config.images} if kind == "official" else {}
+    return kind, SOURCES[kind](path, fields, **options)
 
 
 def recognise(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pixart.data.arrays import ARRAYS, ArrayContext, Extras
 from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.images import Record
 from pixart.data.openmoji import build_openmoji
-from pixart.data.samples import Batch, Captions, ImageDataset, collate, encode_captions
+from pixart.data.samples import Batch, Captions, Drawing, ImageDataset, collate, encode_captions
 from pixart.data.sources import make_table, scan
-from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig
 from pixart.encoders.text import TextConfig, TextEncoder, encode_null, encoder_dtype
 from pixart.errors import InputError
 from pixart.seeds import derive_seed
@@ -38,6 +39,12 @@ class DataSpec:
     caption_channels: int  # width of the text states that the network takes
     prompts: tuple[str, ...]  # of sample grids; their states are kept too
     seed: int
+    extras: Extras = field(default_factory=Extras)
+
+    @property
+    def drawing(self) -> Drawing:
+        """How the samples' random numbers are drawn."""
+        return Drawing(self.seed, self.patch_size, self.data.draws, self.extras)
 
     @property
     def table(self) -> list[Bucket]:
@@ -77,7 +84,7 @@ class Data:
     report: str
 
 
-def load_images(spec: DataSpec, accelerator: Accelerator) -> Data:
+def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
     """Scan the images, split off the held-out ones, encode every caption once and free the encoder."""
     data = spec.data
     if data.prepare == "openmoji":
@@ -107,11 +114,14 @@ def load_images(spec: DataSpec, accelerator: Accelerator) -> Data:
         report.append(f"{cut} of {len(texts)} captions are longer than {spec.text.length} tokens and are cut")
     sizes = sorted({(record.bucket.height, record.bucket.width) for record in records})
 
+    context = ArrayContext(autoencoder, accelerator.device)
+    makers = {name: ARRAYS[name](context) for name in spec.extras.arrays}
+
     def part(records: list[Record]) -> Part:
         dataset = ImageDataset(
-            records, captions, seed=spec.seed, latent_channels=spec.vae.latent_channels,
+            records, captions, spec.drawing, latent_channels=spec.vae.latent_channels,
             downsample=spec.vae.downsample, flip=data.flip, random_crop=data.random_crop,
-            posterior_mean=data.posterior == "mean", cache=data.cache,
+            posterior_mean=data.posterior == "mean", cache=data.cache, makers=makers,
         )  # fmt: skip
         numbers = np.array([sizes.index((r.bucket.height, r.bucket.width)) for r in records], dtype=np.int16)
         return Part(dataset, numbers, [(len(records), 1.0)])

@@ -5,7 +5,7 @@ Nothing of sampling or of the training loop may enter it.
 
 from pixart.features.build import Share
 from pixart.features.convert import convert_official
-from pixart.features.extract import (
+from pixart.features.extraction import (
     ExtractConfig,
     Result,
     extract,

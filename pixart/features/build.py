@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class EncodedBatch:
     good: list[int]  # places in the batch
     latents: Tensor  # (len(good), V, 2, C, h, w): mean and standard deviation, scaled
     problems: list[tuple[str, str]]  # (id, reason)
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # (len(good), V, …) each
 
 
 def agree(path: Path, facts: dict, what: str, *, free: Sequence[str] = ()) -> None:
@@ -128,11 +129,13 @@ def write_samples(
             for batch, encoded in zip(todo, encode(todo), strict=True):
                 append(part, _frame([batch[i] for i in encoded.good], encoded))
                 done(len(batch))
-            latents, problems = {}, []
+            found, problems = {}, []
             for frame in part.read():
-                latents.update(zip(frame["records"].tolist(), frame["latents"], strict=True))
+                values = {name: frame[name] for name in frame if name == "latents" or name.startswith("array.")}
+                for place, i in enumerate(frame["records"].tolist()):
+                    found[i] = {name: value[place] for name, value in values.items()}
                 problems += [tuple(problem) for problem in json.loads(frame["problems"].numpy().tobytes())]
-            kept = [(records[i], latents[i]) for i in sorted(latents)]
+            kept = [(records[i], found[i]) for i in sorted(found)]
             seal(path, _sample_tensors(plan, kept, caption_numbers), len(kept), sorted(problems))
 
 
@@ -142,10 +145,13 @@ def _frame(records: list[int], encoded: EncodedBatch) -> dict[str, Tensor]:
         "records": torch.tensor(records, dtype=torch.int64),
         "latents": encoded.latents,
         "problems": torch.frombuffer(bytearray(problems), dtype=torch.uint8),
+        **{f"array.{name}": value for name, value in encoded.arrays.items()},
     }
 
 
-def _sample_tensors(plan: dict, kept: list[tuple[Record, Tensor]], numbers: dict[str, int]) -> dict[str, Tensor]:
+def _sample_tensors(
+    plan: dict, kept: list[tuple[Record, dict[str, Tensor]]], numbers: dict[str, int]
+) -> dict[str, Tensor]:
     records = [record for record, _ in kept]
     buckets = [(height, width) for _, height, width in plan["buckets"]]
     tensors = {
@@ -158,8 +164,12 @@ def _sample_tensors(plan: dict, kept: list[tuple[Record, Tensor]], numbers: dict
     }  # fmt: skip
     dtype = getattr(torch, plan["latent_dtype"])
     tensors["latents"], tensors["latent_start"] = join(
-        [latents.flatten() for _, latents in kept] or [torch.empty(0, dtype=dtype)]
+        [values["latents"].flatten() for _, values in kept] or [torch.empty(0, dtype=dtype)]
     )
+    for name in (f"array.{array}" for array in plan.get("arrays", [])):
+        values = [values[name] for _, values in kept]
+        tensors[name], tensors[f"{name}_start"] = join([value.flatten() for value in values] or [torch.empty(0)])
+        tensors[f"{name}_shape"] = torch.tensor([value.shape[1:] for value in values], dtype=torch.int32)
     tensors["id"], tensors["id_start"] = join_texts([r.id for r in records] or [""])
     tensors["caption"], tensors["caption_start"] = join(
         [torch.tensor([numbers[c] for c in r.captions], dtype=torch.int64) for r in records]

@@ -25,7 +25,7 @@ from pixart.features.build import (
     write_captions,
     write_samples,
 )  # fmt: skip
-from pixart.features.extract import ExtractConfig, Result, describe_vae, make_plan
+from pixart.features.extraction import ExtractConfig, Result, describe_vae, make_plan
 from pixart.features.official import OfficialFeatures
 from pixart.features.store import PROMPTS, UNKNOWN
 from pixart.files import write_file

@@ -29,6 +29,7 @@ class OfficialFeatures:
 
     mirrored = False
     text_weights = UNKNOWN
+    arrays: tuple[str, ...] = ()
 
     def __init__(self, folder: str | Path, table: list[Bucket], *, resolution: int, downsample: int, scale: float):
         """Read the list and the headers of all latents.

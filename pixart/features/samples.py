@@ -7,29 +7,30 @@ from torch.utils.data import Dataset
 
 from pixart.data.batches import Key
 from pixart.data.images import choose
-from pixart.data.samples import common_values, draw
+from pixart.data.samples import Drawing
 from pixart.features.store import FeatureStore
 
 
 class FeatureDataset(Dataset):
-    """Samples of feature stores, one after the other, by (pass, index) keys; see `Batch` for what comes out."""
+    """Samples of feature stores, one after the other, by (epoch, index) keys; see `Batch` for what comes out."""
 
     def __init__(
         self,
         stores: Sequence[FeatureStore],
         chosen: Sequence[np.ndarray | None],
+        drawing: Drawing,
         *,
-        seed: int,
         flip: bool = False,
         posterior_mean: bool = False,
     ):
         """
         Args:
             chosen: the samples that count of each store, by their numbers; None is all.
-            flip: take the mirrored picture's latents half of the time.
+            drawing: where the samples' random numbers come from.
+            flip: take the mirrored image's latents half of the time.
             posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
         """
-        self.stores, self.chosen, self.seed = stores, chosen, seed
+        self.stores, self.chosen, self.drawing = stores, chosen, drawing
         self.flip, self.posterior_mean = flip, posterior_mean
         self.sizes = [len(store) if part is None else len(part) for store, part in zip(stores, chosen, strict=True)]
 
@@ -37,19 +38,23 @@ class FeatureDataset(Dataset):
         return sum(self.sizes)
 
     def __getitem__(self, key: Key) -> dict:
-        turn, index = key
+        epoch, index = key
         which = 0
         while index >= self.sizes[which]:
             index, which = index - self.sizes[which], which + 1
         store, chosen = self.stores[which], self.chosen[which]
         number = index if chosen is None else int(chosen[index])
         sample = store.get(number)
-        draws = draw(self.seed, turn, sample.id, tuple(sample.mean.shape))
-        if self.flip and draws.flip < 0.5:
+        draws = self.drawing(epoch, sample.id, tuple(sample.mean.shape))
+        mirrored = self.flip and bool(draws.uniform("flip") < 0.5)
+        if mirrored:
             sample = store.get(number, mirrored=True)
-        latents = sample.mean if self.posterior_mean else sample.mean + sample.std * draws.posterior_noise
-        caption = store.caption(choose(sample.captions, sample.weights, draws.caption))
+        latents = sample.mean
+        if not self.posterior_mean:
+            latents = latents + sample.std * draws.normal("posterior_noise", *draws.latent)
+        caption = store.caption(choose(sample.captions, sample.weights, float(draws.uniform("caption"))))
         problem = None
         if not len(caption):
             caption, problem = caption.new_zeros(1, caption.shape[1]), "its caption has no token"
-        return {"latents": latents, "caption": caption, **common_values(draws, sample, problem)}
+        arrays = {name: store.array(name, number, mirrored=mirrored) for name in self.drawing.extras.arrays}
+        return {"latents": latents, "caption": caption, **self.drawing.common(draws, sample, arrays, problem)}

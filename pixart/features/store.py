@@ -41,7 +41,7 @@ class Features:
     std: Tensor  # (C, h, w) fp32, scaled
     captions: list[int]  # numbers, for `caption`
     weights: list[float]  # of the captions, summing to 1
-    height: int  # of the original picture
+    height: int  # of the original image
     width: int
     bucket: Bucket
 
@@ -101,6 +101,19 @@ class FeatureStore:
             _text(shard, "id", row), mean, std, shard["caption"][first:last].tolist(),
             shard["caption_weight"][first:last].tolist(), height, width, bucket,
         )  # fmt: skip
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays that its samples have beside their latents."""
+        return self.manifest.get("arrays", [])
+
+    def array(self, name: str, index: int, *, mirrored: bool = False) -> Tensor:
+        """An array of sample `index`, or of its mirrored image, as its maker gave it; a view of the mapped file."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row, shard = index - int(self._starts[number]), self._shard(sample_file(number))
+        start, end = shard[f"array.{name}_start"][row : row + 2].tolist()
+        shape = shard[f"array.{name}_shape"][row].tolist()
+        return shard[f"array.{name}"][start:end].view(1 + self.mirrored, *shape)[int(mirrored)]
 
     def caption(self, number: int) -> Tensor:
         """States (L, W) of a caption's real tokens, a view of the mapped file."""

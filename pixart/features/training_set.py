@@ -30,7 +30,7 @@ def load_features(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoenc
             for store, part in zip(stores, which, strict=True)
         ]
         sets = [(len(part), often) for part, often in zip(numbers, repeats.values(), strict=True)]
-        dataset = FeatureDataset(stores, which, seed=spec.seed, flip=data.flip, posterior_mean=data.posterior == "mean")
+        dataset = FeatureDataset(stores, which, spec.drawing, flip=data.flip, posterior_mean=data.posterior == "mean")
         return Part(dataset, np.concatenate(numbers) if len(numbers) > 1 else numbers[0], sets)
 
     train = part([np.flatnonzero(~out).astype(np.int32) if out.any() else None for out in held])
@@ -57,6 +57,8 @@ def open_features(folder: str, spec: DataSpec, autoencoder: Autoencoder) -> Feat
     else:
         store = FeatureStore(folder)
         wrong += _differences(store, spec, table, autoencoder)
+    if missing := sorted({*spec.extras.arrays} - {*store.arrays}):
+        wrong.append(f"it has no array {', '.join(missing)} (data.conditions, data.targets)")
     if data.flip and not store.mirrored:
         wrong.append("data.flip is on, it has no mirrored latents (extract.mirrored)")
     if data.random_crop:

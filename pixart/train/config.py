@@ -1,18 +1,38 @@
 """Everything a training run is made of; a YAML file under `configs/` holds what differs from these defaults."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pixart.checkpoint.files import ModelCard
+from pixart.data.arrays import Extras
 from pixart.data.config import DataConfig
 from pixart.data.training_set import DataSpec
+from pixart.diffusion.objective import OBJECTIVES, ObjectiveConfig
 from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.features import ExtractConfig
+from pixart.model.layers import ROUTING
 from pixart.model.pixart import PixArtConfig
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters that are optimised otherwise than the rest."""
+
+    names: tuple[str, ...]  # patterns of their names, as for train.freeze
+    lr_factor: float = 1.0  # of the learning rate at every step
+    weight_decay: float | None = None  # in place of optimizer.weight_decay
+
+    def __post_init__(self):
+        if not 0 <= self.lr_factor < math.inf or not 0 <= (self.weight_decay or 0) < math.inf:
+            raise InputError(
+                f"optimizer.groups: expected lr_factor and weight_decay of 0 or more, got {self.lr_factor} and "
+                f"{self.weight_decay}"
+            )
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,7 @@ class OptimizerConfig:
     betas: tuple[float, ...] | None = None  # None is the optimizer's own default, here and below
     eps: float | None = None
     options: dict[str, float] = field(default_factory=dict)  # others of the optimizer, by its own names
+    groups: tuple[GroupConfig, ...] = ()  # by patterns of names; the first that matches a parameter has it
     clip: float = 1.0  # of the global gradient norm; the authors' is 0.01
     skip_above: float | None = None  # a step whose gradient norm before clipping is greater is left out
 
@@ -92,6 +113,7 @@ class TrainConfig:
     init_from: str | None = None  # weights a new run starts from: anything `load_model` takes, or a DiT
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -119,9 +141,17 @@ class TrainConfig:
 
     @property
     def data_spec(self) -> DataSpec:
-        return DataSpec(
-            self.data, self.vae, self.text, self.model.patch_size, self.model.caption_channels, self.prompts, self.seed
+        """What decides the run's samples; looks up routing and objective, which may ask for random numbers."""
+        routing = ROUTING[self.model.routing].conditions if self.model.routing else {}
+        extras = Extras(
+            conditions={**{name: draw for name, draw in routing.items() if draw}, **self.data.conditions},
+            targets=self.data.targets,
+            draws=OBJECTIVES[self.objective.name].draws,
         )
+        return DataSpec(
+            self.data, self.vae, self.text, self.model.patch_size, self.model.caption_channels, self.prompts,
+            self.seed, extras,
+        )  # fmt: skip
 
     @property
     def card(self) -> ModelCard:

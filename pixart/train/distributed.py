@@ -6,6 +6,7 @@ own, so that talking never waits for a device.
 """
 
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -106,8 +107,8 @@ def world_of_one(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def shard(model: PixArt, device: torch.device, *, trained: bool = True) -> None:
-    """Shard a model in place over all processes, block by block (FSDP2).
+def shard(module: nn.Module, device: torch.device, *, trained: bool = True) -> None:
+    """Shard a module in place over all processes, every PixArt in it block by block (FSDP2).
 
     A block's weights are gathered where it runs, in fp32, and autocast sees to the rest, as without sharding: gathered
     in bf16, the tables of adaLN would make the whole residual stream bf16, and the output errs three times as much.
@@ -115,10 +116,12 @@ def shard(model: PixArt, device: torch.device, *, trained: bool = True) -> None:
     world_of_one(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # a model that is never trained has no backward pass that would take its outer layers apart again
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
+    for part in module.modules():
+        if isinstance(part, PixArt):
+            for block in part.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+    # a module that is never trained has no backward pass that would take its outer layers apart again
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
 
 
 def check_sharded(optimizer: str, mixed_precision: str) -> None:
@@ -194,9 +197,9 @@ def gradient_sync(network: nn.Module, sync: bool) -> AbstractContextManager:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale all gradients down to a global norm of `limit` at most → their norm before, on the device."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [local(gradient) for gradient in gradients]
     norm = nn.utils.get_total_norm(parts)
     if isinstance(gradients[0], DTensor):

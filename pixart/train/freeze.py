@@ -12,25 +12,26 @@ from pixart.errors import InputError
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Take the parameters that match any pattern out of training; averages and checkpoints keep them."""
-    frozen = match_names([name for name, _ in model.named_parameters()], patterns)
+    names = [name for name, _ in model.named_parameters()]
+    frozen = match_names(names, patterns)
+    if len(frozen) == len(names):
+        raise InputError(f"train.freeze: {list(patterns)} match every parameter: nothing is left to train")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
 
 
-def match_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+def match_names(names: Iterable[str], patterns: Sequence[str], setting: str = "train.freeze") -> set[str]:
     """The names that match a shell pattern: * is any text, dots included, ? a character, [0-9] one of a range.
 
     Raises:
-        InputError: a pattern matches nothing, or all patterns together everything.
+        InputError: a pattern matches nothing; `setting` is where it stands.
     """
     names, frozen = list(names), set()
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise InputError(f"train.freeze: '{pattern}' matches no parameter; near it are {_near(pattern, names)}")
+            raise InputError(f"{setting}: '{pattern}' matches no parameter; near it are {_near(pattern, names)}")
         frozen.update(found)
-    if len(frozen) == len(names):
-        raise InputError(f"train.freeze: {list(patterns)} match every parameter: nothing is left to train")
     return frozen
 
 

@@ -97,7 +97,11 @@ class Watch:
         if self.peak is not None:
             row["mfu"] = tflops / self.peak
         if applied:
-            row["loss"] = self.loss = statistics.fmean(result.loss for result in applied)
+            terms = {name: statistics.fmean(r.terms[name] for r in applied) for name in applied[0].terms}
+            if taken := terms.keys() & row.keys():
+                raise InputError(f"objective: its term '{min(taken)}' has the name of another metric; rename it")
+            row.update(terms)
+            self.loss = terms["loss"]
             row["grad_norm"] = statistics.fmean(result.grad_norm for result in applied)
             row.update(quarter_means(quarters, "loss"))
         self.write(progress.step, row)

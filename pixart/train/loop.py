@@ -71,7 +71,7 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
             micro_batches = [next(batches) for _ in range(config.train.accumulation)]
             waited = time.perf_counter() - begun
             gone = _is_gone(session.data, micro_batches)
-            result = train_step(state, micro_batches, session.schedule, session.autoencoder, config)
+            result = train_step(state, micro_batches, session.autoencoder, config)
             progress.seconds += time.perf_counter() - begun
             watch.add(result, waited, micro_batches)
             window.add(progress.step, result, micro_batches, gone=gone)

@@ -2,21 +2,22 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
+from pixart.train.freeze import match_names
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(named: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """torch's fused AdamW for "adamw", else the optimizer of timm that has this name.
 
     Raises:
-        InputError: there is no such optimizer, or it does not take an option.
+        InputError: there is no such optimizer, it does not take an option, or a group's pattern matches nothing.
     """
-    parameters = list(parameters)
+    parameters = group_parameters(named, config)
     options: dict = dict(config.options)
     for name in ("betas", "eps"):
         if getattr(config, name) is not None:
@@ -38,6 +39,22 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerCo
         if isinstance(error, InputError):
             raise
         raise InputError(f"optimizer '{config.name}' refuses its options {options}: {error}") from None
+
+
+def group_parameters(named: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> list:
+    """Parameters as an optimizer takes them: a list, or with `optimizer.groups` a list of groups, the last of those
+    that no pattern matches. A parameter belongs to the first group whose patterns match its name."""
+    if not config.groups:
+        return list(named.values())
+    left, groups = dict(named), []
+    for i, group in enumerate(config.groups):
+        found = match_names(named, group.names, f"optimizer.groups[{i}].names")
+        mine = [left.pop(name) for name in list(left) if name in found]
+        if not mine:
+            raise InputError(f"optimizer.groups[{i}].names: groups before it have all that {list(group.names)} match")
+        settings = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        groups.append({"params": mine, "lr_factor": group.lr_factor, **settings})
+    return [*groups, {"params": list(left.values()), "lr_factor": 1.0}] if left else groups
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int, batch_size: int) -> float:

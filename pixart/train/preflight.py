@@ -9,6 +9,7 @@ import torch
 from pixart.checkpoint.files import checkpoints
 from pixart.checkpoint.init_from import start_from
 from pixart.data.config import DataConfig
+from pixart.data.sources import SOURCES
 from pixart.encoders.caption_cleaning import clean_caption
 from pixart.encoders.text import TextConfig, load_tokenizer
 from pixart.encoders.vae_files import CONFIG, find_weights, read_settings
@@ -17,7 +18,7 @@ from pixart.features.official import is_official
 from pixart.features.store import read_manifest
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
-from pixart.train.freeze import match_names
+from pixart.train.freeze import freeze
 
 
 def check_sources(config: TrainConfig) -> None:
@@ -28,7 +29,7 @@ def check_sources(config: TrainConfig) -> None:
     """
     with torch.device("meta"):
         model = PixArt(config.model)
-    match_names([name for name, _ in model.named_parameters()], config.train.freeze)
+    freeze(model, config.train.freeze)
     looks: dict[str, Callable] = {}
     if stores := [config.data.features] * bool(config.data.features) + [*config.data.mix]:
         # which hold the prompts' states too, as a rule
@@ -58,6 +59,8 @@ def _look_for_features(folder: str) -> None:
 
 
 def _look_for_data(config: DataConfig) -> None:
+    if config.format != "auto":
+        _ = SOURCES[config.format]
     if not Path(config.folder).exists():
         raise InputError(f"{config.folder}: there is none; expected a folder of images with captions")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pixart.checkpoint.files import checkpoints, save_model
+from pixart.checkpoint.files import checkpoints, save_model, save_tensors
 from pixart.files import sync, write_folder
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes
@@ -95,8 +95,11 @@ class Saver:
                 for path in part.iterdir():  # not there: `output` is not on a disk that all processes share
                     path.rename(folder / path.name)
                 part.rmdir()
-            save_model(folder / "model", snapshot.model, self.config.card)
-            save_model(folder / "ema", snapshot.ema, self.config.card)
+            for place, tensors in snapshot.modules.items():
+                if (folder / place).suffix:
+                    save_tensors(folder / place, tensors)
+                else:
+                    save_model(folder / place, tensors, self.config.card)
             write_moments(folder, snapshot.moments, 0, len(parts) if self.sharded else 1)
             try:
                 torch.save(snapshot.record, folder / STATE)

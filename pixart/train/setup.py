@@ -1,7 +1,6 @@
 """What happens once, before the first step: the run's folder, model and optimizer."""
 
 import os
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,6 @@ from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
 from pixart.config import dump_yaml, flatten, load_config, to_dict
 from pixart.data.training_set import Data, load_images, make_batches
-from pixart.diffusion.schedule import Schedule, make_schedule
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.errors import InputError
 from pixart.features.training_set import load_features
@@ -25,11 +23,11 @@ from pixart.files import write_file
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
-from pixart.train.ema import make_ema
 from pixart.train.freeze import freeze
 from pixart.train.history import CONFIG, Changes, note_start
 from pixart.train.log import check_trackers, start_trackers
 from pixart.train.optimizer import make_optimizer
+from pixart.train.parts import Parts, count_parameters, make_objective
 from pixart.train.preflight import check_sources
 from pixart.train.saving import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
@@ -52,7 +50,6 @@ class Session:
     data: Data
     state: TrainState
     loader: DataLoader  # this process's micro-batches, from the next one on
-    schedule: Schedule
     autoencoder: Autoencoder
     resumed: bool
 
@@ -75,7 +72,7 @@ def start(config: TrainConfig) -> Session:
     if config.data.features or config.data.mix:
         data = load_features(spec, accelerator, autoencoder)
     else:
-        data = load_images(spec, accelerator)
+        data = load_images(spec, accelerator, autoencoder)
     accelerator.print(data.report)
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
@@ -90,11 +87,11 @@ def start(config: TrainConfig) -> Session:
     )  # fmt: skip
     accelerator.print(
         f"{batches.per_epoch} batches of {config.train.batch_size} an epoch, {batches.dropped} images left over; "
-        f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.1f} M parameters; "
+        f"{count_parameters(state.parts) / 1e6:.1f} M parameters; "
         f"{processes.count} × {accelerator.device.type}{' (fsdp)' * (config.train.parallel == 'fsdp')}; output {run}"
     )
     start_trackers(accelerator, config)
-    return Session(run, data, state, loader, make_schedule(config.diffusion), autoencoder, checkpoint is not None)
+    return Session(run, data, state, loader, autoencoder, checkpoint is not None)
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
@@ -196,21 +193,20 @@ def build_state(
     if null is not None:
         model.y_embedder.y_embedding[: len(null)] = null.float()
     model.to(accelerator.device)
-    ema = make_ema(model)
+    objective = make_objective(config.objective, config.diffusion, model, config.seed).to(accelerator.device)
+    parts = Parts.of(model, objective)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     if config.train.compile:
         model.compile_blocks()
     freeze(model, config.train.freeze)
     if config.train.parallel == "fsdp":  # accelerate's own way knows no CPU, and its prepare_model no sharded model
-        shard(model, accelerator.device)
-        shard(ema, accelerator.device, trained=False)
-        wrapped = model
-    else:
-        with warnings.catch_warnings():  # torch 2.11 knows no other name for this option
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            wrapped = accelerator.prepare_model(model)
-    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
-    return TrainState(model, wrapped, ema, optimizer, accelerator, processes)
+        for module in parts.trained.values():
+            shard(module, accelerator.device)
+        for module in (*parts.averages.values(), *parts.kept.values()):
+            shard(module, accelerator.device, trained=False)
+        shard(parts.training, accelerator.device)
+    trained = {name: p for name, p in parts.named_parameters() if p.requires_grad}
+    return TrainState(parts, make_optimizer(trained, config.optimizer), accelerator, processes)
 
 
 def _is_free(key: str) -> bool:

@@ -4,6 +4,7 @@ import functools
 import platform
 import random
 import subprocess
+import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from pixart.checkpoint.files import WEIGHTS, compare_shapes
 from pixart.config import to_dict
+from pixart.diffusion.objective import Example
 from pixart.errors import InputError
-from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, is_sharded, local, rows, whole
 from pixart.train.optimizer_state import Moments, read_moments, take_moments
+from pixart.train.parts import MODEL, Parts, leaves_unused
 
 STATE = "training.pt"
 LIBRARIES = ("pixart", "torch", "accelerate", "timm", "transformers", "safetensors", "numpy")
@@ -43,13 +45,26 @@ class Progress:
 class TrainState:
     """A run's state: everything that a checkpoint holds."""
 
-    model: PixArt
-    wrapped: nn.Module  # the model as it is called; the same object in one process and when it is sharded
-    ema: nn.Module
+    parts: Parts
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     processes: Processes
     progress: Progress = field(default_factory=Progress)
+    _wrapped: nn.Module | None = None
+
+    def wrap(self, example: Example) -> nn.Module:
+        """The training module as it is called: itself in one process or sharded, else in torch's DDP, which is made at
+        the first example, since it must know whether a step leaves weights without a gradient."""
+        if self._wrapped is None:
+            self._wrapped = self.parts.training
+            if self.processes.count > 1 and not is_sharded(self.parts.network):
+                with self.accelerator.autocast():
+                    unused = any(self.processes.gather(leaves_unused(self.parts.training, example)))
+                self.accelerator.ddp_handler.find_unused_parameters = unused
+                with warnings.catch_warnings():  # torch 2.11 knows no other name for this option
+                    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                    self._wrapped = self.accelerator.prepare_model(self.parts.training)
+        return self._wrapped
 
 
 @dataclass
@@ -57,8 +72,7 @@ class Snapshot:
     """A state's copy in the CPU's memory: what this process writes of a checkpoint."""
 
     step: int
-    model: dict[str, Tensor]  # whole, in the main process alone
-    ema: dict[str, Tensor]
+    modules: dict[str, dict[str, Tensor]]  # by their place in the checkpoint; whole, in the main process alone
     moments: Moments  # of the optimizer: this process's rows
     record: dict  # of the main process
 
@@ -87,13 +101,14 @@ class Staging:
 def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> Snapshot:
     """Copy the state to the CPU; all processes call it. Sharded models are put together one tensor at a time."""
     main = state.accelerator.is_main_process
-    models: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
-    for kind, module in (("model", state.model), ("ema", state.ema)):
+    places = module_places(state.parts)
+    modules: dict[str, dict[str, Tensor]] = {place: {} for place in places}
+    for place, module in places.items():
         for name, tensor in module.state_dict().items():
             full = whole(tensor)
             if main:
-                models[kind][name] = staging.copy(f"{kind}/{name}", full)
-    moments = take_moments(state.optimizer, dict(state.model.named_parameters()), staging.copy, main=main)
+                modules[place][name] = staging.copy(f"{place}/{name}", full)
+    moments = take_moments(state.optimizer, dict(state.parts.named_parameters()), staging.copy, main=main)
     scaler = state.accelerator.scaler
     record = {
         "optimizer": moments.record,
@@ -105,7 +120,16 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
         **_provenance(),
     }
     staging.finish()
-    return Snapshot(state.progress.step, models["model"], models["ema"], moments, record)
+    return Snapshot(state.progress.step, modules, moments, record)
+
+
+def module_places(parts: Parts) -> dict[str, nn.Module]:
+    """Where in a checkpoint each module is: the network and its average are model folders, the others files."""
+    places: dict[str, nn.Module] = {"model": parts.network, "ema": parts.average}
+    for name, module in parts.trained.items():
+        if name != MODEL:
+            places |= {f"parts/{name}.safetensors": module, f"parts/{name}.ema.safetensors": parts.averages[name]}
+    return places | {f"parts/{name}.kept.safetensors": module for name, module in parts.kept.items()}
 
 
 def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
@@ -116,11 +140,12 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
     Returns:
         what is worth telling, as lines.
     """
-    for module, name in ((state.model, "model"), (state.ema, "ema")):
-        _load_weights(module, checkpoint / name / WEIGHTS)
+    for place, module in module_places(state.parts).items():
+        path = checkpoint / place
+        _load_weights(module, path if path.suffix else path / WEIGHTS)
     try:
         record = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-        read_moments(checkpoint, record["optimizer"], state.optimizer, dict(state.model.named_parameters()))
+        read_moments(checkpoint, record["optimizer"], state.optimizer, dict(state.parts.named_parameters()))
         state.progress = Progress(**record["progress"])
         written_by = f"{record['processes']} × {record['config']['train']['parallel']}"
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -128,13 +153,15 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
     if state.accelerator.scaler is not None and record["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(record["scaler"])
     _restore_rng(record["rng"])
-    now = f"{state.processes.count} × {'fsdp' if is_sharded(state.model) else 'ddp'}"
+    now = f"{state.processes.count} × {'fsdp' if is_sharded(state.parts.network) else 'ddp'}"
     return [f"written by {written_by}, goes on with {now}"] if now != written_by else []
 
 
 @torch.no_grad()
 def _load_weights(module: nn.Module, path: Path) -> None:
     tensors = module.state_dict()
+    if not path.is_file():
+        raise InputError(f"{path} is missing: this run's objective has modules that the checkpoint does not")
     with safe_open(path, "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if difference := compare_shapes({name: tuple(t.shape) for name, t in tensors.items()}, found):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pixart.data.samples import Batch
-from pixart.diffusion import diffusion_loss
-from pixart.diffusion.schedule import Schedule
+from pixart.diffusion.objective import Example
 from pixart.encoders.autoencoder import Autoencoder
+from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import clip_gradients, gradient_sync
 from pixart.train.ema import ema_decay, update_ema
@@ -24,20 +24,28 @@ OUTCOMES = ("applied", "non-finite", "spike", "unreadable")  # of a step; all bu
 class StepResult:
     """What a step gave, as numbers on the device; `read_results` brings them over."""
 
-    loss: Tensor  # mean over the global batch
+    terms: dict[str, Tensor]  # the objective's, means over the global batch; "loss" is what was minimised
     grad_norm: Tensor  # of all parameters, before clipping
     images: Tensor  # that were read, over all processes
     outcome: Tensor  # index into OUTCOMES
     quarters: Tensor  # (2, 4) sums and counts of this process's losses by quarter of the times
 
+    @property
+    def loss(self) -> Tensor:
+        return self.terms["loss"]
+
 
 class StepReport(NamedTuple):
     """A `StepResult` as plain numbers."""
 
-    loss: float
+    terms: dict[str, float]
     grad_norm: float
     images: int
     outcome: str
+
+    @property
+    def loss(self) -> float:
+        return self.terms["loss"]
 
     @property
     def applied(self) -> bool:
@@ -45,42 +53,50 @@ class StepReport(NamedTuple):
 
 
 def train_step(
-    state: TrainState, micro_batches: list[Batch], schedule: Schedule, autoencoder: Autoencoder, config: TrainConfig
+    state: TrainState, micro_batches: list[Batch], autoencoder: Autoencoder, config: TrainConfig
 ) -> StepResult:
-    """Gradients of a global batch's mean loss, clipped; then weights and EMA, unless `judge` says otherwise."""
-    accelerator, optimizer, progress = state.accelerator, state.optimizer, state.progress
+    """Gradients of a global batch's mean loss, clipped; then weights and averages, unless `judge` says otherwise."""
+    accelerator, optimizer, progress, parts = state.accelerator, state.optimizer, state.progress, state.parts
     lr = learning_rate(config.optimizer, progress.step, config.train.steps, config.train.batch_size)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
     # gradients are averaged over processes: this makes it the mean over all pictures that were read
     images = accelerator.reduce(torch.stack([b.weight.sum() for b in micro_batches]).sum())
     scale = accelerator.num_processes / images.clamp(min=1)
-    total, quarters = torch.zeros((), device=accelerator.device), torch.zeros(2, 4, device=accelerator.device)
+    totals: dict[str, Tensor] = {}
+    quarters = torch.zeros(2, 4, device=accelerator.device)
     for i, batch in enumerate(micro_batches):
-        with gradient_sync(state.wrapped, i + 1 == len(micro_batches)):
+        with accelerator.autocast():
+            example = make_example(batch, parts.network, autoencoder, config)
+        wrapped = state.wrap(example)
+        with gradient_sync(wrapped, i + 1 == len(micro_batches)):
             with accelerator.autocast():
-                losses = batch_losses(state.wrapped, state.model, batch, schedule, autoencoder, config)
-            loss = (losses["loss"] * batch.weight).sum() * scale
-            accelerator.backward(loss)
-        total += loss.detach()
-        quarters += sum_by_quarter(losses["loss"], batch.time, batch.weight)
-    total = accelerator.reduce(total, reduction="mean")
+                terms = wrapped(example)
+            sums = {name: (term * batch.weight).sum() * scale for name, term in terms.items()}
+            accelerator.backward(sums["loss"])
+        totals = {name: totals.get(name, 0) + value.detach() for name, value in sums.items()}
+        quarters += sum_by_quarter(terms["loss"], batch.time, batch.weight)
+    # one message for all of them
+    reduced = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean")
+    totals = dict(zip(totals, reduced, strict=True))
     if accelerator.scaler is not None:
         accelerator.scaler.unscale_(optimizer)
-    grad_norm = clip_gradients(state.model, config.optimizer.clip)
+    grad_norm = clip_gradients([parameter for _, parameter in parts.named_parameters()], config.optimizer.clip)
 
-    outcome = judge(total, grad_norm, images, config.optimizer.skip_above)
+    outcome = judge(totals["loss"], grad_norm, images, config.optimizer.skip_above)
     apply_update(optimizer, outcome == 0)
     if accelerator.scaler is not None:
         accelerator.scaler.update()  # lowers its scale if it met an infinite gradient
     optimizer.zero_grad(set_to_none=True)
-    update_ema(
-        state.ema, state.model, ema_decay(config.train.ema, progress.step, warmup=config.train.ema_warmup), outcome == 0
-    )
+    decay = ema_decay(config.train.ema, progress.step, warmup=config.train.ema_warmup)
+    for name, module in parts.trained.items():
+        update_ema(parts.averages[name], module, decay, outcome == 0)
+    with torch.no_grad():
+        parts.objective.after_step(parts.network, outcome == 0)
     progress.step += 1
     progress.images += config.train.batch_size
-    return StepResult(total, grad_norm, images, outcome, quarters)
+    return StepResult(totals, grad_norm, images, outcome, quarters)
 
 
 def judge(loss: Tensor, grad_norm: Tensor, images: Tensor, skip_above: float | None) -> Tensor:
@@ -111,25 +127,33 @@ def read_results(results: list[StepResult]) -> list[StepReport]:
     """Bring results over from the device, all in one go: the one place that waits for it."""
     if not results:
         return []
-    rows = torch.stack([torch.stack([r.loss, r.grad_norm, r.images, r.outcome]) for r in results]).tolist()
-    return [StepReport(loss, norm, int(images), OUTCOMES[int(outcome)]) for loss, norm, images, outcome in rows]
+    rows = torch.stack([torch.stack([r.grad_norm, r.images, r.outcome, *r.terms.values()]) for r in results]).tolist()
+    return [
+        StepReport(dict(zip(result.terms, terms, strict=True)), norm, int(images), OUTCOMES[int(outcome)])
+        for result, (norm, images, outcome, *terms) in zip(results, rows, strict=True)
+    ]
 
 
-def batch_losses(
-    network, model, batch: Batch, schedule: Schedule, autoencoder: Autoencoder, config: TrainConfig, *, dropout=True
-) -> dict[str, Tensor]:
-    """Losses (B,) of a batch under its own times and noise; `network` is called, `model` holds the null caption."""
-    latents = find_latents(batch, autoencoder)
-    t = schedule.draw_times(batch.time, config.diffusion)
+def make_example(
+    batch: Batch, network: PixArt, autoencoder: Autoencoder, config: TrainConfig, *, dropout: bool = True
+) -> Example:
+    """A batch as the objective sees it: latents encoded, captions dropped; `network` holds the null caption."""
+    null = network.y_embedder.y_embedding
     caption = batch.caption
     if dropout and config.train.caption_dropout:
         # as the authors do: the null caption replaces the states and keeps the caption's mask
-        null = model.y_embedder.y_embedding[: caption.shape[1]].to(caption.dtype)
         dropped = batch.drop < config.train.caption_dropout
-        caption = torch.where(dropped[:, None, None], null, caption)
-    x_t = schedule.add_noise(latents, batch.noise, t)
-    output = network(x_t, t, caption.to(next(model.parameters()).dtype), **conditions(batch, config))
-    return diffusion_loss(schedule, config.diffusion, output, latents, batch.noise, t)
+        caption = torch.where(dropped[:, None, None], null[: caption.shape[1]].to(caption.dtype), caption)
+    return Example(
+        x0=find_latents(batch, autoencoder),
+        noise=batch.noise,
+        time=batch.time,
+        inputs={"caption": caption.to(next(network.parameters()).dtype), **conditions(batch, config)},
+        null=null,
+        targets=batch.targets,
+        draws=batch.draws,
+        pixels=batch.pixels,
+    )
 
 
 def find_latents(batch: Batch, autoencoder: Autoencoder) -> Tensor:
@@ -140,4 +164,4 @@ def find_latents(batch: Batch, autoencoder: Autoencoder) -> Tensor:
 def conditions(batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """What the network takes besides latents, times and captions."""
     micro = {"size": batch.size, "aspect_ratio": batch.aspect_ratio} if config.model.micro_conditions else {}
-    return {"caption_mask": batch.caption_mask, **micro}
+    return {"caption_mask": batch.caption_mask, **micro, **batch.conditions}

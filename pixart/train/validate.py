@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pixart.inference.latents import decode, sample_latents, to_images
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import whole_model
 from pixart.train.setup import Session
-from pixart.train.step import batch_losses, conditions, find_latents
+from pixart.train.step import make_example
 from pixart.train.timestep_bins import quarter_means, sum_by_quarter
 
 
@@ -24,8 +25,9 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     """The averaged weights on the held-out images under fixed noise: the loss, in all and by quarter of its times, and
     the error of the clean pictures, in all and by ratio of noise to signal (see `denoising_errors`)."""
     state, held_out, processes = session.state, session.data.held_out, session.state.processes
-    device, dtype = state.accelerator.device, next(state.ema.parameters()).dtype
+    device, ema, objective = state.accelerator.device, state.parts.average, state.parts.averaged_objective()
     sums, errors = torch.zeros(2, 4, device=device), torch.zeros(len(RATIOS), device=device)
+    terms: dict[str, Tensor] = {}
     size = max(config.train.batch_size // (config.train.accumulation * state.accelerator.num_processes), 1)
     batches = list(held_out.by_bucket(size))
     for first in range(0, len(batches), processes.count):  # a batch for each process; a sharded model needs all of them
@@ -36,18 +38,16 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
         batch = batch.to(device)
         if idle:
             batch = replace(batch, weight=torch.zeros_like(batch.weight))
-        given = {"caption": batch.caption.to(dtype), **conditions(batch, config)}
-
-        def network(x: Tensor, t: Tensor, given: dict[str, Tensor] = given) -> Tensor:
-            return state.ema(x.to(dtype), t, **given)
-
         with state.accelerator.autocast():
-            batch = replace(batch, latents=find_latents(batch, session.autoencoder))
-            losses = batch_losses(
-                state.ema, state.ema, batch, session.schedule, session.autoencoder, config, dropout=False
-            )
-            found = denoising_errors(network, session.schedule, config.diffusion, batch.latents, batch.noise)
+            example = make_example(batch, ema, session.autoencoder, config, dropout=False)
+            losses = objective(ema, example)
+            network = partial(ema, **example.inputs)
+            found = denoising_errors(network, objective.schedule, config.diffusion, example.x0, example.noise)
         sums += sum_by_quarter(losses["loss"], batch.time, batch.weight)
+        for name, values in losses.items():
+            if name != "loss":
+                total = torch.where(batch.weight > 0, values.float(), 0.0).sum()
+                terms[name] = terms.get(name, 0) + total
         errors += torch.where(batch.weight > 0, found, 0.0).sum(1)
     sums, errors = state.accelerator.reduce(sums), state.accelerator.reduce(errors)
     total, count = sums.sum(1).tolist()
@@ -56,6 +56,7 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     return {
         "validation_loss": total / count,
         **quarter_means(sums, "validation_loss"),
+        **{f"validation_{name}": state.accelerator.reduce(value).item() / count for name, value in terms.items()},
         "validation_error": statistics.fmean(by_ratio),
         **{f"validation_error_{ratio:g}": error for ratio, error in zip(RATIOS, by_ratio, strict=True)},
     }
@@ -67,7 +68,7 @@ def draw_samples(session: Session, config: TrainConfig) -> Path | None:
     All processes call it; the main one draws.
     """
     state, data, accelerator = session.state, session.data, session.state.accelerator
-    model = whole_model(state.ema, main=accelerator.is_main_process)
+    model = whole_model(state.parts.average, main=accelerator.is_main_process)
     if model is None:
         return None
     captions = [data.captions[prompt] for prompt in config.prompts]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pixart.data.arrays import ARRAYS, ArrayContext
 from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.images import UNREADABLE, Record, load_image
@@ -107,7 +108,7 @@ def extract(
     if any(not is_sealed(folder / sample_file(i)) for i in mine):
         autoencoder = load_autoencoder(vae, dtype=getattr(torch, options.vae_dtype), device=device)
         agree(folder / "vae.json", describe_vae(vae, autoencoder, options.vae_dtype), "autoencoder", free=["source"])
-        encode = PictureEncoder(records, autoencoder, options, device, data.workers)
+        encode = ImageEncoder(records, autoencoder, options, device, data.workers, plan.get("arrays", []))
         total = sum(len(records[i * plan["samples_per_shard"] :][: plan["samples_per_shard"]]) for i in mine)
         with tqdm(total=total, desc="latents", unit="image", disable=None) as bar:
             write_samples(folder, plan, records, numbers, share, encode, bar.update)
@@ -139,6 +140,7 @@ def make_plan(
         "caption_batch": options.caption_batch,
         "samples_per_shard": options.samples_per_file,
         "captions_per_shard": options.captions_per_file,
+        **({"arrays": arrays} if (arrays := sorted({*data.conditions.values(), *data.targets.values()})) else {}),
     }
 
 
@@ -207,14 +209,16 @@ def summarize(result: Result) -> str:
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-class PictureEncoder:
-    """Batches of records → latents; pictures are read ahead by workers."""
+class ImageEncoder:
+    """Batches of records → latents and arrays; images are read ahead by workers."""
 
     def __init__(
         self, records: list[Record], autoencoder: Autoencoder, options: ExtractConfig, device: torch.device,
-        workers: int,
+        workers: int, arrays: Sequence[str] = (),
     ):  # fmt: skip
         self.records, self.autoencoder, self.device, self.workers = records, autoencoder, device, workers
+        context = ArrayContext(autoencoder, device)
+        self.makers = {name: ARRAYS[name](context) for name in arrays}
         self.mirrored, self.dtype = options.mirrored, getattr(torch, options.latent_dtype)
 
     def __call__(self, batches: list[list[int]]) -> Iterator[EncodedBatch]:
@@ -222,22 +226,29 @@ class PictureEncoder:
             _Pictures([[self.records[i] for i in batch] for batch in batches]), batch_size=None,
             num_workers=min(self.workers, len(batches)), pin_memory=self.device.type == "cuda",
         )  # fmt: skip
-        for pixels, good, problems in loader:
-            yield EncodedBatch(good, self.encode(pixels), problems)
+        for batch, (pixels, good, problems) in zip(batches, loader, strict=True):
+            records = [self.records[batch[place]] for place in good]
+            latents, arrays = self.encode(pixels, records)
+            yield EncodedBatch(good, latents, problems, arrays)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 (n, H, W, 3) → mean and standard deviation of the scaled latents (n, V, 2, C, h, w) on the CPU.
+    def encode(self, pixels: Tensor, records: Sequence[Record]) -> tuple[Tensor, dict[str, Tensor]]:
+        """uint8 (n, H, W, 3) → mean and standard deviation of the scaled latents (n, V, 2, C, h, w), and arrays
+        (n, V, …) by name, all on the CPU.
 
-        A mirrored picture is encoded in a batch of its own, so that the first variant does not depend on it.
+        A mirrored image is encoded in a batch of its own, so that the first variant does not depend on it.
         """
         if not len(pixels):
-            return torch.empty(0, dtype=self.dtype)
-        # contiguous, as training has them: in channels-last order torch's group norm loses digits on flat pictures
+            return torch.empty(0, dtype=self.dtype), {name: torch.empty(0) for name in self.makers}
+        # contiguous, as training has them: in channels-last order torch's group norm loses digits on flat images
         pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
         variants = [pixels, pixels.flip(-1)] if self.mirrored else [pixels]
         moments = [torch.stack(self.autoencoder.moments(variant), 1) for variant in variants]
-        return torch.stack(moments, 1).to("cpu", self.dtype)
+        arrays = {
+            name: torch.stack([make(variant, records, i > 0) for i, variant in enumerate(variants)], 1).cpu()
+            for name, make in self.makers.items()
+        }
+        return torch.stack(moments, 1).to("cpu", self.dtype), arrays
 
 
 class _Pictures(Dataset):

@@ -1,0 +1,113 @@
+"""What a run consists of: the network and the objective's own modules, trained, averaged or only kept."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pixart.diffusion.objective import OBJECTIVES, Denoising, Example, Objective, ObjectiveConfig
+from pixart.diffusion.schedule import DiffusionConfig
+from pixart.errors import InputError
+from pixart.model.initialize import initialize
+from pixart.model.pixart import PixArt
+from pixart.seeds import derive_seed
+from pixart.train.ema import make_ema
+
+MODEL = "model"  # the network's name among the parts; others are the objective's, under their own names
+
+
+class TrainingModule(nn.Module):
+    """The network and the objective as one module, which the distributed wrapper goes round: so every gradient is
+    reduced, whichever of the two a weight belongs to."""
+
+    def __init__(self, network: PixArt, objective: Objective):
+        super().__init__()
+        self.network, self.objective = network, objective
+
+    def forward(self, example: Example) -> dict[str, Tensor]:
+        return self.objective(self.network, example)
+
+
+@dataclass
+class Parts:
+    """Modules by name."""
+
+    training: TrainingModule
+    trained: dict[str, nn.Module]  # optimised, averaged, saved
+    averages: dict[str, nn.Module]  # of the trained ones, in fp32
+    kept: dict[str, nn.Module] = field(default_factory=dict)  # saved and sharded, not trained: a teacher, say
+
+    @classmethod
+    def of(cls, network: PixArt, objective: Objective) -> "Parts":
+        """Take it before anything is compiled, sharded or wrapped: averages are copies."""
+        if MODEL in {*objective.trained, *objective.state}:
+            raise InputError(f"objective: a module of its own is called '{MODEL}', which is the network; rename it")
+        trained = {MODEL: network, **dict(objective.trained.items())}
+        objective.state.requires_grad_(False)
+        averages = {name: make_ema(module) for name, module in trained.items()}
+        return cls(TrainingModule(network, objective), trained, averages, dict(objective.state.items()))
+
+    @property
+    def network(self) -> PixArt:
+        return self.training.network
+
+    @property
+    def objective(self) -> Objective:
+        return self.training.objective
+
+    @property
+    def average(self) -> PixArt:
+        """The averaged network."""
+        return self.averages[MODEL]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained modules' parameters: the network's under their own names, others after their module's."""
+        for part, module in self.trained.items():
+            prefix = "" if part == MODEL else f"{part}."
+            yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
+
+    def averaged_objective(self) -> Objective:
+        """The objective with its trained modules' averages; the rest of it is shared."""
+        objective = copy.copy(self.objective)
+        averages = {name: module for name, module in self.averages.items() if name != MODEL}
+        objective._modules = {**self.objective._modules, "trained": nn.ModuleDict(averages)}
+        return objective.eval()
+
+
+def make_objective(config: ObjectiveConfig, diffusion: DiffusionConfig, network: nn.Module, seed: int) -> Objective:
+    """The objective by its name; what it trains starts by `seed` and the tensors' names.
+
+    Raises:
+        InputError: there is none of that name, or it does not take an option.
+    """
+    kind = OBJECTIVES[config.name]
+    try:
+        objective = kind(diffusion, network, **config.options)
+    except TypeError as error:
+        raise InputError(f"objective '{config.name}' refuses its options {config.options}: {error}") from None
+    initialize(objective.trained, derive_seed(seed, "objective"))
+    return objective
+
+
+def leaves_unused(training: TrainingModule, example: Example) -> bool:
+    """Whether a step may leave weights without a gradient, which torch's DDP must know beforehand."""
+    if type(training.objective) is not Denoising:  # it may well depend on the step
+        return True
+    loss = training(example)["loss"].sum()
+    reached, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return any(p.requires_grad and id(p) not in reached for p in training.parameters())
+
+
+@torch.no_grad()
+def count_parameters(parts: Parts) -> int:
+    return sum(parameter.numel() for _, parameter in parts.named_parameters())
