@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from pixart.errors import InputError
+from pixart.extensions import load_extensions
 
 T = TypeVar("T")
 YAML_WORDS = {True: ("yes", "on"), False: ("no", "off")}  # that it reads as truth values
@@ -32,14 +33,19 @@ class _Settings(dict):
         self.places = places
 
 
-def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = True) -> T:
     """Build `cls` from a YAML file and `key.sub=value` overrides.
+
+    `extensions: [FILE, …]` of the file, relative to it, are run first, so that the names they register are known; with
+    `run_code` off they are not: for the configuration that lies in a run, which may be a stranger's.
 
     Raises:
         InputError: unreadable file, unknown key, wrong type, or a value the class refuses.
     """
     settings = _read(Path(path))
     _override_all(settings, overrides)
+    if run_code and isinstance(settings.get("extensions"), list):
+        load_extensions(settings["extensions"])
     return build(cls, settings, place=f"{path}: ")
 
 
@@ -128,6 +134,8 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> _Settings:
         settings = _Settings({}, {})
     if not isinstance(settings, _Settings):
         raise InputError(f"config {path}: expected keys and values, got a {type(settings).__name__}")
+    if isinstance(settings.get("extensions"), list):
+        settings["extensions"] = [str(path.parent.absolute() / str(name)) for name in settings["extensions"]]
     base, place = settings.pop("base", None), settings.places.pop("base", None)
     if base is None:
         return settings

@@ -7,6 +7,7 @@ From then on `model.mlp: swiglu` chooses it. A file of one's own registers likew
 """
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -22,19 +23,20 @@ class Registry(Generic[T]):
         """`setting` is the key of a configuration that takes these names, for errors."""
         self.setting = setting
         self._entries: dict[str, T] = {}
+        self._origins: dict[str, str] = {}  # the module that registered each
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that adds what it decorates under `name`.
 
         Raises:
-            InputError: the name is taken by something of another module.
+            InputError: another module has registered that name.
         """
+        origin = sys._getframe(1).f_globals.get("__name__", "?")
 
         def add(entry: T) -> T:
-            there = self._entries.get(name)
-            if there is not None and _origin(there) != _origin(entry):
-                raise InputError(f"{self.setting}: '{name}' is taken by {_origin(there)}; choose another name")
-            self._entries[name] = entry
+            if self._origins.get(name, origin) != origin:
+                raise InputError(f"{self.setting}: '{name}' is taken by {self._origins[name]}; choose another name")
+            self._entries[name], self._origins[name] = entry, origin
             return entry
 
         return add
@@ -58,7 +60,3 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def _origin(entry: object) -> str:
-    return str(getattr(entry, "__module__", type(entry).__module__))

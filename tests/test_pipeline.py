@@ -438,7 +438,7 @@ def test_resizing_covers_and_cuts_as_diffusers_does():
         ({"prompts": []}, "got no prompt"),
         ({"steps": 1}, "got 1 steps, expected at least 2, its order"),
         ({"steps": 0}, "sample.steps: got 0"),
-        ({"sampler": "ddmi"}, "sampler: got 'ddmi', expected auto, dpm_solver"),
+        ({"sampler": "ddmi"}, "sampler: there is no 'ddmi'; did you mean 'ddim'"),
         ({"config": SampleConfig(eta=1.0, sampler="ddim"), "sampler": "heun"}, "does not fit this model's schedule"),
     ],
 )

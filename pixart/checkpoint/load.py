@@ -9,7 +9,7 @@ copied in groups, and the pages behind it are let go.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.checkpoint.locate import Found, locate
 from pixart.config import build, to_dict
 from pixart.errors import InputError
+from pixart.extensions import load_extensions
 from pixart.model.pixart import PixArt, PixArtConfig
 
 _SETTLED = ("num_heads", "latent_size", "position_scale")  # what config.json and a card both tell
@@ -59,6 +60,7 @@ def load_model(
     device: torch.device | str | None = None,
     overrides: dict[str, Any] | None = None,
     revision: str | None = None,
+    extensions: Iterable[str | Path] = (),
 ) -> PixArt:
     """Load a PixArt in eval mode, from any format, with the config that its files tell.
 
@@ -73,13 +75,14 @@ def load_model(
         device: the CPU by default.
         overrides: fields of `PixArtConfig` that a file cannot tell, as {"num_heads": 12}.
         revision: of a Hub repository: a branch, tag or commit.
+        extensions: files of one's own that register the variants it is made of, see `pixart.extensions`.
 
     Raises:
         InputError: nothing there, not a PixArt, or not whole; names files, tensors, shapes and the likely cause.
     """
     return load_with_card(
-        source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision
-    )[0]  # fmt: skip
+        source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision, extensions=extensions
+    )[0]
 
 
 def load_with_card(
@@ -90,8 +93,10 @@ def load_with_card(
     device: torch.device | str | None = None,
     overrides: dict[str, Any] | None = None,
     revision: str | None = None,
+    extensions: Iterable[str | Path] = (),
 ) -> tuple[PixArt, ModelCard]:
     """As `load_model`, with all that sampling needs besides: the source's own card, or what its variant implies."""
+    load_extensions(extensions)
     found = locate(source, ema=ema, revision=revision)
     state = found.weights.read()
     plan = make_plan(found, state, overrides)

@@ -12,6 +12,7 @@ from pixart.diffusion.guidance import Denoise
 from pixart.diffusion.sa_solver import sa_solver
 from pixart.diffusion.schedule import TRAIN_STEPS, FlowSchedule, Schedule
 from pixart.errors import InputError
+from pixart.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class SampleConfig:
     """How to sample; a model carries its own as a recommendation. Options that a sampler lacks keep their defaults."""
 
     # auto: heun for flow, else dpm_solver. lcm and dmd are for models that were distilled for them
-    sampler: Literal["auto", "dpm_solver", "iddpm", "ddim", "sa_solver", "lcm", "dmd", "euler", "heun"] = "auto"
+    sampler: str = "auto"  # a key of SAMPLERS
     steps: int | None = None  # the sampler's default
     guidance: float | None = None  # the sampler's default: 4.5, and 1, which is off, for lcm and dmd
     guidance_low: float = 0.0  # times at which to guide
@@ -47,7 +48,9 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class _Sampler:
+class Sampler:
+    """A solver and what it takes: function(denoise, x, schedule, steps, *, callback, …options) → scaled latents."""
+
     function: Callable[..., Tensor]
     steps: int  # the default
     options: tuple[str, ...]
@@ -55,21 +58,23 @@ class _Sampler:
     most: int | None = None
     draws: bool = False  # takes a generator per picture
     distilled: bool = False  # guidance is in the weights
+    flow: bool = False  # for flow schedules; else for discrete ones
 
 
-_SAMPLERS = {
-    "dpm_solver": _Sampler(samplers.dpm_solver, 20, ("order", "ending")),
-    "iddpm": _Sampler(samplers.iddpm, 100, ("clip_x0",), 2, TRAIN_STEPS, draws=True),
-    "ddim": _Sampler(samplers.ddim, 50, ("eta", "clip_x0"), 2, TRAIN_STEPS, draws=True),
-    "sa_solver": _Sampler(sa_solver, 25, ("tau",), draws=True),
-    "lcm": _Sampler(distilled.lcm, 4, (), 1, distilled.LCM_GRID, draws=True, distilled=True),
-    "dmd": _Sampler(distilled.dmd, 1, (), 1, 1, distilled=True),
-    "euler": _Sampler(samplers.euler, 30, ("shift",)),
-    "heun": _Sampler(samplers.heun, 15, ("shift",)),
-}
-_FOR_FLOW = ("euler", "heun")
+SAMPLERS: Registry[Sampler] = Registry("sampler")
+for _name, _sampler in {
+    "dpm_solver": Sampler(samplers.dpm_solver, 20, ("order", "ending")),
+    "iddpm": Sampler(samplers.iddpm, 100, ("clip_x0",), 2, TRAIN_STEPS, draws=True),
+    "ddim": Sampler(samplers.ddim, 50, ("eta", "clip_x0"), 2, TRAIN_STEPS, draws=True),
+    "sa_solver": Sampler(sa_solver, 25, ("tau",), draws=True),
+    "lcm": Sampler(distilled.lcm, 4, (), 1, distilled.LCM_GRID, draws=True, distilled=True),
+    "dmd": Sampler(distilled.dmd, 1, (), 1, 1, distilled=True),
+    "euler": Sampler(samplers.euler, 30, ("shift",), flow=True),
+    "heun": Sampler(samplers.heun, 15, ("shift",), flow=True),
+}.items():
+    SAMPLERS.register(_name)(_sampler)
 GUIDANCE = 4.5  # of the released models
-_OPTIONS = sorted({option for sampler in _SAMPLERS.values() for option in sampler.options})
+_OPTIONS = ("order", "ending", "eta", "tau", "clip_x0", "shift")  # of SampleConfig, which not every sampler has
 
 
 def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
@@ -80,18 +85,17 @@ def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
     """
     flow = isinstance(schedule, FlowSchedule)
     name = config.sampler if config.sampler != "auto" else ("heun" if flow else "dpm_solver")
-    if name not in _SAMPLERS:
-        raise InputError(f"sampler: got '{name}', expected auto, {', '.join(_SAMPLERS)}")
-    if flow != (name in _FOR_FLOW):
-        fitting = [other for other in _SAMPLERS if flow == (other in _FOR_FLOW)]
+    chosen = SAMPLERS[name]
+    if flow != chosen.flow:
+        fitting = [other for other in SAMPLERS if flow == SAMPLERS[other].flow]
         raise InputError(f"sampler '{name}' does not fit this model's schedule, which takes {' or '.join(fitting)}")
     for option in _OPTIONS:
-        if option not in _SAMPLERS[name].options and getattr(config, option) != getattr(SampleConfig, option):
+        if option not in chosen.options and getattr(config, option) != getattr(SampleConfig, option):
             raise InputError(f"sampler '{name}' has no option '{option}'")
-    guidance = config.guidance if config.guidance is not None else 1.0 if _SAMPLERS[name].distilled else GUIDANCE
-    if _SAMPLERS[name].distilled and guidance != 1:
+    guidance = config.guidance if config.guidance is not None else 1.0 if chosen.distilled else GUIDANCE
+    if chosen.distilled and guidance != 1:
         raise InputError(f"sampler '{name}' is for models with guidance in their weights: got {guidance}, set it to 1")
-    steps = config.steps or _SAMPLERS[name].steps
+    steps = config.steps or chosen.steps
     _check_steps(name, steps, config.order)
     return replace(config, sampler=name, steps=steps, guidance=guidance)
 
@@ -102,7 +106,7 @@ def _check_steps(name: str, steps: int, order: int) -> None:
         raise InputError(
             f"sampler '{name}': got {steps} steps, expected at least {order}, its order; or set order to {steps} too"
         )
-    least, most = _SAMPLERS[name].least, _SAMPLERS[name].most
+    least, most = SAMPLERS[name].least, SAMPLERS[name].most
     if most is not None and not least <= steps <= most:
         expected = "it has one" if most == 1 else f"expected {least} to {most}"
         raise InputError(f"sampler '{name}': got {steps} steps, {expected}")
@@ -118,7 +122,7 @@ def sample(
 ) -> Tensor:
     """From start noise (B, C, H, W) to scaled latents, by the config's sampler; a generator per picture."""
     config = resolve(config, schedule)
-    sampler = _SAMPLERS[config.sampler]
+    sampler = SAMPLERS[config.sampler]
     options = {option: getattr(config, option) for option in sampler.options}
     if sampler.draws:
         options["generators"] = generators

@@ -1,7 +1,7 @@
 """From prompts to pictures. A picture depends on its prompt, its seed and the settings, never on its batch."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,7 @@ class Pipeline:
         offload_text: bool = False,
         save_memory: bool = False,
         compile: bool = False,
+        extensions: Iterable[str | Path] = (),
     ) -> "Pipeline":
         """Load a model with its text encoder and autoencoder.
 
@@ -77,7 +78,8 @@ class Pipeline:
             quantize_text: as `TextEncoder.load`'s `quantize`.
             offload_text: keep the text encoder on the CPU, but while it encodes.
             save_memory: decode pictures one by one, and large ones in tiles.
-            compile: `torch.compile` the network's blocks; pays for many pictures on a GPU.
+            compile: `torch.compile` the network's blocks; pays for many images on a GPU.
+            extensions: files of one's own that register what the model is made of, see `pixart.extensions`.
 
         Raises:
             InputError: the device or a part is not there, or a part does not fit the model; says where it was looked
@@ -88,7 +90,7 @@ class Pipeline:
             raise InputError("offload_text and quantize_text: an encoder in 8 or 4 bits cannot be moved; take one")
         fetch_parts(source, revision, text=load_text and text_encoder is None, vae=vae is None)
         model, card = load_with_card(
-            source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision
+            source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision, extensions=extensions
         )  # fmt: skip
         if text_encoder is not None:
             card = replace(card, text=replace(card.text, model=str(text_encoder)))

@@ -58,7 +58,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 def _config(run: Path) -> TrainConfig:
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: there is no config.yaml in it; expected a run's folder")
-    return load_config(TrainConfig, run / "config.yaml")
+    return load_config(TrainConfig, run / "config.yaml", run_code=False)
 
 
 def _samples(run: Path) -> str | None:

@@ -9,7 +9,7 @@ from pixart.data.arrays import Extras
 from pixart.data.config import DataConfig
 from pixart.data.training_set import DataSpec
 from pixart.diffusion.objective import OBJECTIVES, ObjectiveConfig
-from pixart.diffusion.sampling import SampleConfig, resolve
+from pixart.diffusion.sampling import SAMPLERS, SampleConfig, resolve
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.encoders.text import TextConfig
@@ -110,6 +110,9 @@ class TrainConfig:
     resume: Literal["auto", "never"] = (
         "auto"  # go on from the newest good checkpoint in `output`, or demand a new folder
     )
+    # files of one's own that register what the names below mean, see `pixart.extensions`; relative to the config's file
+    extensions: tuple[str, ...] = ()
+    accept_changed_extensions: bool = False  # go on with a run although one of them is not what it was
     init_from: str | None = None  # weights a new run starts from: anything `load_model` takes, or a DiT
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -137,7 +140,8 @@ class TrainConfig:
             raise InputError("train.validate_every is set, but data.validation holds no image out")
         if self.evaluate.retrieval and (self.data.features or self.data.mix):
             raise InputError("evaluate.retrieval compares pictures; it cannot be on with data.features")
-        resolve(self.sample, make_schedule(self.diffusion))
+        if self.sample.sampler in (*SAMPLERS, "auto"):  # else of an extension that is not loaded
+            resolve(self.sample, make_schedule(self.diffusion))
 
     @property
     def data_spec(self) -> DataSpec:

@@ -11,14 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart.data.samples import Batch
 from pixart.errors import InputError, missing_extra
 from pixart.files import append_line, read_rows, replace_json
 from pixart.train import report
 from pixart.train.config import TrainConfig
 from pixart.train.state import Progress
 from pixart.train.step import StepResult, read_results
-from pixart.train.throughput import batch_flops, measure_peak, memory_gb
+from pixart.train.throughput import measure_peak, memory_gb
 from pixart.train.timestep_bins import quarter_means
 
 BEAT = 30  # seconds after which a heartbeat is due between two logging points
@@ -59,10 +58,10 @@ class Watch:
         """Device-hours of training over all starts, with validation, sampling, saving and steps lost to a kill."""
         return self.hours_before + (time.perf_counter() - self.began) * self.accelerator.num_processes / 3600
 
-    def add(self, result: StepResult, wait: float, batches: list[Batch]) -> None:
-        """A step's result, the seconds that training waited for its data, and this process's micro-batches."""
+    def add(self, result: StepResult, wait: float, flops: int) -> None:
+        """A step's result, the seconds that training waited for its data, and FLOPs of this process's networks."""
         self.results.append(result)
-        self.flops += sum(batch_flops(self.config.model, batch) for batch in batches)
+        self.flops += flops
         self.wait += wait
         self.bar.update()
         if time.perf_counter() - self.beat_at > BEAT:

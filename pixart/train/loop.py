@@ -73,7 +73,7 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
             gone = _is_gone(session.data, micro_batches)
             result = train_step(state, micro_batches, session.autoencoder, config)
             progress.seconds += time.perf_counter() - begun
-            watch.add(result, waited, micro_batches)
+            watch.add(result, waited, state.calls.take())
             window.add(progress.step, result, micro_batches, gone=gone)
 
             step = progress.step

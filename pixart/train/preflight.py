@@ -8,8 +8,11 @@ import torch
 
 from pixart.checkpoint.files import checkpoints
 from pixart.checkpoint.init_from import start_from
+from pixart.data.arrays import ARRAYS
 from pixart.data.config import DataConfig
 from pixart.data.sources import SOURCES
+from pixart.diffusion.sampling import resolve
+from pixart.diffusion.schedule import make_schedule
 from pixart.encoders.caption_cleaning import clean_caption
 from pixart.encoders.text import TextConfig, load_tokenizer
 from pixart.encoders.vae_files import CONFIG, find_weights, read_settings
@@ -27,8 +30,11 @@ def check_sources(config: TrainConfig) -> None:
     Raises:
         InputError: what is missing, a line each; or `train.freeze` does not fit the model.
     """
+    resolve(config.sample, make_schedule(config.diffusion))
     with torch.device("meta"):
         model = PixArt(config.model)
+    for name in config.data_spec.extras.arrays:
+        _ = ARRAYS[name]
     freeze(model, config.train.freeze)
     looks: dict[str, Callable] = {}
     if stores := [config.data.features] * bool(config.data.features) + [*config.data.mix]:

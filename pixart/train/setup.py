@@ -1,6 +1,7 @@
 """What happens once, before the first step: the run's folder, model and optimizer."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,9 @@ from pixart.config import dump_yaml, flatten, load_config, to_dict
 from pixart.data.training_set import Data, load_images, make_batches
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.errors import InputError
+from pixart.extensions import FOLDER, Extension, load_extensions
 from pixart.features.training_set import load_features
-from pixart.files import write_file
+from pixart.files import digest_file, write_file
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
@@ -34,7 +36,8 @@ from pixart.train.state import TrainState, load_checkpoint
 
 # changing these under a run that goes on is normal; anything else would make it another run
 FREE_TO_CHANGE = {
-    "output", "resume", "sample", "prompts", "evaluate", "extract", "train.steps", "train.accumulation",
+    "output", "resume", "extensions", "accept_changed_extensions",
+    "sample", "prompts", "evaluate", "extract", "train.steps", "train.accumulation",
     "train.compile", "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every",
     "train.save_every", "train.keep", "train.trackers", "train.peak_tflops", "train.parallel", "train.timeout",
     "train.on_save_error", "train.deterministic", "optimizer.skip_above", "data.workers", "data.cache", "data.folder",
@@ -60,13 +63,14 @@ def start(config: TrainConfig) -> Session:
     Raises:
         InputError: anything wrong with the configuration, the data or the run's folder.
     """
+    extensions = load_extensions(config.extensions)
     check_shapes(config)
     if config.train.parallel == "fsdp":
         check_sharded(config.optimizer.name, config.train.mixed_precision)
     check_sources(config)
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.train.timeout)
-    run, checkpoint, changes = open_run(config, accelerator, processes)
+    run, checkpoint, changes = open_run(config, accelerator, processes, extensions)
     autoencoder = load_autoencoder(config.vae, device=accelerator.device)
     spec = config.data_spec
     if config.data.features or config.data.mix:
@@ -126,7 +130,9 @@ def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
     return accelerator
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes) -> tuple[Path, Path | None, Changes]:
+def open_run(
+    config: TrainConfig, accelerator: Accelerator, processes: Processes, extensions: Sequence[Extension] = ()
+) -> tuple[Path, Path | None, Changes]:
     """The run's folder, the checkpoint to go on from, if any, and what changed in the configuration since; the main
     process alone reads the checkpoint to check it.
 
@@ -141,7 +147,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
         # through the dataclass: a key that came after the run began has its default there
-        before, now = flatten(to_dict(load_config(TrainConfig, stored))), flatten(to_dict(config))
+        before, now = flatten(to_dict(load_config(TrainConfig, stored, run_code=False))), flatten(to_dict(config))
         pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
         if checkpoint is not None:
             changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -150,6 +156,8 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
                 f"{run} holds a run with another configuration ({'; '.join(other)}). Take the changes back to go on, "
                 f"or choose another output for a new run, which may start from this one's weights: init_from={run}"
             )
+    if checkpoint is not None and not config.accept_changed_extensions:
+        check_extensions(run, extensions)
     accelerator.wait_for_everyone()
     problem = None
     if accelerator.is_main_process:
@@ -159,11 +167,35 @@ def open_run(config: TrainConfig, accelerator: Accelerator, processes: Processes
             # a run that goes on keeps its configuration until it does; writing it shows whether the disk takes it
             text = dump_yaml(config) if checkpoint is None else stored.read_text(encoding="utf-8")
             write_file(stored, lambda path: path.write_text(text, encoding="utf-8"))
+            keep_extensions(run, extensions)
         except OSError as error:
             problem = str(error)
     if problem := processes.gather(problem)[0]:
         raise InputError(f"output {run}: cannot be written ({problem}); choose another, or make room")
     return run, checkpoint, changes
+
+
+def check_extensions(run: Path, extensions: Sequence[Extension]) -> None:
+    """Refuse to go on with other code than a run was trained with so far."""
+    kept = {path.name: digest_file(path) for path in (run / FOLDER).glob("*.py")}
+    given = {extension.path.name: extension.digest for extension in extensions}
+    if changed := sorted(name for name in kept.keys() | given.keys() if kept.get(name) != given.get(name)):
+        raise InputError(
+            f"extensions: {', '.join(changed)} is not what {run} was trained with so far, of which {run / FOLDER} has "
+            "the copies; give these, or go on with the change by accept_changed_extensions=true"
+        )
+
+
+def keep_extensions(run: Path, extensions: Sequence[Extension]) -> None:
+    """Copy a run's extensions into its folder, in place of those of earlier starts."""
+    names = {extension.path.name for extension in extensions}
+    for old in (run / FOLDER).glob("*.py"):
+        if old.name not in names:
+            old.unlink()
+    for extension in extensions:
+        if not (run / FOLDER / extension.path.name).exists() or extension.path.parent != (run / FOLDER).resolve():
+            content = extension.path.read_bytes()
+            write_file(run / FOLDER / extension.path.name, lambda path, content=content: path.write_bytes(content))
 
 
 def check_shapes(config: TrainConfig) -> None:

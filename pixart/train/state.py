@@ -23,6 +23,7 @@ from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, is_sharded, local, rows, whole
 from pixart.train.optimizer_state import Moments, read_moments, take_moments
 from pixart.train.parts import MODEL, Parts, leaves_unused
+from pixart.train.throughput import CallCounter
 
 STATE = "training.pt"
 LIBRARIES = ("pixart", "torch", "accelerate", "timm", "transformers", "safetensors", "numpy")
@@ -51,6 +52,9 @@ class TrainState:
     processes: Processes
     progress: Progress = field(default_factory=Progress)
     _wrapped: nn.Module | None = None
+
+    def __post_init__(self):
+        self.calls = CallCounter(self.parts.training)
 
     def wrap(self, example: Example) -> nn.Module:
         """The training module as it is called: itself in one process or sharded, else in torch's DDP, which is made at

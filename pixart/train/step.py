@@ -71,7 +71,7 @@ def train_step(
             example = make_example(batch, parts.network, autoencoder, config)
         wrapped = state.wrap(example)
         with gradient_sync(wrapped, i + 1 == len(micro_batches)):
-            with accelerator.autocast():
+            with accelerator.autocast(), state.calls.counting():
                 terms = wrapped(example)
             sums = {name: (term * batch.weight).sum() * scale for name, term in terms.items()}
             accelerator.backward(sums["loss"])
