@@ -15,6 +15,7 @@ def derive_seed(*parts: object) -> int:
 class Draw:
     """Random numbers that a network or an objective needs of every sample; each is drawn under a name of its own.
 
+    Those of the network are for training alone: validation and sampling leave them out.
     `shape` is "sample" (one number), "token" (one for each token of the image) or "latent" (C, h, w).
     """
 

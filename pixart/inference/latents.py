@@ -3,7 +3,7 @@
 A picture depends on its caption, its seed and the settings, never on its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -41,14 +41,16 @@ def sample_latents(
     height: int,
     width: int,
     callback: Callback | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Sample one picture per caption and seed.
+    """Sample one image per caption and seed.
 
     Args:
         captions: text states (L_i, caption_channels) of the real tokens.
         null: the null caption as `encode_null` gives it; None means the model's own; a list (of such as `captions`)
             is one negative prompt for each, in the null caption's place under its own mask.
         height, width: of the latents.
+        conditions: what a variant of the network takes besides, (B, …) each, the same under guidance's both branches.
 
     Returns:
         scaled latents (B, C, height, width), fp32.
@@ -59,14 +61,15 @@ def sample_latents(
     config = resolve(config, schedule)
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
-    micro = _micro_conditions(card, height, width, device)
+    micro = {k: v.expand(len(seeds), *v.shape) for k, v in _micro_conditions(card, height, width, device).items()}
+    given = {**micro, **{name: value.to(device) for name, value in (conditions or {}).items()}}
 
     def denoiser(context: CaptionContext):
-        return make_denoise(
-            lambda x, t: model(x.to(dtype), t, context, **{k: v.expand(len(x), *v.shape) for k, v in micro.items()}),
-            schedule,
-            card.diffusion,
-        )
+        def network(x: Tensor, t: Tensor) -> Tensor:  # twice as many images under guidance
+            times = len(x) // len(seeds)
+            return model(x.to(dtype), t, context, **{k: torch.cat([v] * times) for k, v in given.items()})
+
+        return make_denoise(network, schedule, card.diffusion)
 
     # every block's keys and values are made here, once; a step only reads them
     if config.guidance == 1:

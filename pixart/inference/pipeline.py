@@ -1,7 +1,7 @@
 """From prompts to pictures. A picture depends on its prompt, its seed and the settings, never on its batch."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +120,7 @@ class Pipeline:
         null: Literal["buffer", "empty", "empty_own_mask"] | None = None, images_per_prompt: int = 1,
         text_embeddings: Embeddings | None = None, batch_size: int = 16, truncate: bool = False,
         output: Literal["image", "latent", "pixels"] = "image", callback: StepCallback | None = None,
-        progress: bool | Callable[[int], None] = False,
+        progress: bool | Callable[[int], None] = False, conditions: Mapping[str, Tensor] | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
         """Draw `images_per_prompt` pictures of each prompt, those of a prompt side by side.
 
@@ -139,7 +139,8 @@ class Pipeline:
             truncate: cut prompts that are longer than the model's text length, rather than refuse them.
             output: "pixels" are (B, 3, H, W) in [-1, 1], not clipped; "latent" scaled latents, as generated.
             callback: called after each step of each batch.
-            progress: True shows a bar of steps; a function is called with the number of pictures just done.
+            progress: True shows a bar of steps; a function is called with the number of images just done.
+            conditions: what a variant of the network takes besides, (n, …) each for all n images.
         """
         # all that can be refused is refused before the text encoder's work
         _check_counts(output, images_per_prompt, batch_size)
@@ -158,7 +159,9 @@ class Pipeline:
             nulls = self._encode(negatives, truncate, batch_size)
         else:
             nulls = None if config.guidance == 1 else self.null_caption(card.text.null)
-        return self._draw(card, captions, nulls, seeds, config, size, batch_size, output, callback, progress)
+        return self._draw(
+            card, captions, nulls, seeds, config, size, batch_size, output, callback, progress, conditions or {}
+        )
 
     def settings(
         self, config: SampleConfig | None = None, *, steps: int | None = None, guidance: float | None = None,
@@ -231,7 +234,7 @@ class Pipeline:
     def _draw(
         self, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None, seeds: list[int],
         config: SampleConfig, size: tuple[Size, Size], batch_size: int, output: str, callback: StepCallback | None,
-        progress: bool | Callable[[int], None],
+        progress: bool | Callable[[int], None], conditions: Mapping[str, Tensor],
     ) -> list[Image.Image] | Tensor:  # fmt: skip
         """Pictures in batches: as many of each caption, side by side, as there are seeds for it."""
         each = len(seeds) // len(captions)
@@ -242,7 +245,7 @@ class Pipeline:
         results: list = []
         with tqdm(total=len(batches) * config.steps, desc="sampling", unit="step", disable=progress is not True) as bar:
             for part in batches:
-                latents = self._sample(part, card, captions, nulls, seeds, config, size[0], callback, bar)
+                latents = self._sample(part, card, captions, nulls, seeds, config, size[0], callback, bar, conditions)
                 results += self._finish(latents, size[1], output)
                 if callable(progress):
                     progress(len(part))
@@ -251,6 +254,7 @@ class Pipeline:
     def _sample(
         self, part: range, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None,
         seeds: list[int], config: SampleConfig, size: Size, callback: StepCallback | None, bar: tqdm,
+        conditions: Mapping[str, Tensor],
     ) -> Tensor:  # fmt: skip
         """One batch, the pictures `part` of all."""
 
@@ -263,7 +267,7 @@ class Pipeline:
         return sample_latents(
             self.model, card, captions[rows], nulls[rows] if isinstance(nulls, list) else nulls, seeds[rows], config,
             height=size[0] // self.autoencoder.downsample, width=size[1] // self.autoencoder.downsample,
-            callback=after_step,
+            callback=after_step, conditions={name: value[rows] for name, value in conditions.items()},
         )  # fmt: skip
 
     def _finish(self, latents: Tensor, size: Size, output: str) -> Tensor | list[Image.Image]:

@@ -135,12 +135,17 @@ def read_results(results: list[StepResult]) -> list[StepReport]:
 
 
 def make_example(
-    batch: Batch, network: PixArt, autoencoder: Autoencoder, config: TrainConfig, *, dropout: bool = True
+    batch: Batch, network: PixArt, autoencoder: Autoencoder, config: TrainConfig, *, training: bool = True
 ) -> Example:
-    """A batch as the objective sees it: latents encoded, captions dropped; `network` holds the null caption."""
+    """A batch as the objective sees it: latents encoded, captions dropped; `network` holds the null caption.
+
+    Without `training`, as in a validation, no caption is dropped, and conditions that are drawn are left out.
+    """
     null = network.y_embedder.y_embedding
-    caption = batch.caption
-    if dropout and config.train.caption_dropout:
+    caption, given = batch.caption, conditions(batch, config)
+    if not training:
+        given = {name: value for name, value in given.items() if network.conditions.get(name) is None}
+    elif config.train.caption_dropout:
         # as the authors do: the null caption replaces the states and keeps the caption's mask
         dropped = batch.drop < config.train.caption_dropout
         caption = torch.where(dropped[:, None, None], null[: caption.shape[1]].to(caption.dtype), caption)
@@ -148,7 +153,7 @@ def make_example(
         x0=find_latents(batch, autoencoder),
         noise=batch.noise,
         time=batch.time,
-        inputs={"caption": caption.to(next(network.parameters()).dtype), **conditions(batch, config)},
+        inputs={"caption": caption.to(next(network.parameters()).dtype), **given},
         null=null,
         targets=batch.targets,
         draws=batch.draws,

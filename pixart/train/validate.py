@@ -39,7 +39,7 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
         if idle:
             batch = replace(batch, weight=torch.zeros_like(batch.weight))
         with state.accelerator.autocast():
-            example = make_example(batch, ema, session.autoencoder, config, dropout=False)
+            example = make_example(batch, ema, session.autoencoder, config, training=False)
             losses = objective(ema, example)
             network = partial(ema, **example.inputs)
             found = denoising_errors(network, objective.schedule, config.diffusion, example.x0, example.noise)
