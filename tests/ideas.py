@@ -127,7 +127,7 @@ class Sharper(SelfAttention):
 
     def __init__(self, config, index):
         super().__init__(config, index)
-        self.temperature = nn.Parameter(torch.full((), float(config.options.get("temperature", 1.0))))
+        self.temperature = nn.Parameter(torch.full((1,), float(config.options.get("temperature", 1.0))))
 
     def forward(self, x, layout):
         return self.temperature * super().forward(x, layout)
