@@ -220,6 +220,8 @@ def _override(settings: _Settings, override: str, place: str | None = None) -> N
 
 def _convert(value: Any, hint: Any, name: str, place: str, start: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:  # whoever reads it checks it
+        return _plain(value)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -265,6 +267,13 @@ def _convert(value: Any, hint: Any, name: str, place: str, start: Any = None) ->
         }
         return {**(start or {}), **items}
     return _convert_scalar(value, hint, name, place)
+
+
+def _plain(value: Any) -> Any:
+    """A YAML value without the places of its keys."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _convert_scalar(value: Any, hint: type, name: str, place: str) -> Any:

@@ -73,13 +73,13 @@ def test_a_picture_without_weight_counts_in_no_quarter_even_if_its_loss_is_not_f
 
 
 def test_model_tflops_are_those_of_the_batches_and_mfu_their_share_of_the_peak(base, monkeypatch):
-    add, shapes = watch_module.Watch.add, []
+    forward, shapes = TrainingModule.forward, []
 
-    def spy(self, result, wait, batches):
-        shapes.extend((len(batch.ids), batch.caption.shape[1]) for batch in batches)
-        add(self, result, wait, batches)
+    def spy(module, example):
+        shapes.append(example.inputs["caption"].shape[:2])
+        return forward(module, example)
 
-    monkeypatch.setattr(watch_module.Watch, "add", spy)
+    monkeypatch.setattr(TrainingModule, "forward", spy)
     config = build(base, train__log_every=6, train__peak_tflops=0.5)
     (row,) = rows(train(config).run)
     flops = 0
