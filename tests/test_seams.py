@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 import ideas
@@ -388,6 +389,10 @@ def base(tmp_path_factory) -> dict:
         text = text.replace(f'"{name}"', f'"my_{name}"')
     extension.write_text(text)
     pictures = make_pictures(folder / "pictures", count=16)
+    for path in pictures.glob("*.png"):  # nothing that looks the same in a mirror
+        image = Image.open(path)
+        image.paste("pink", (0, 0, 2, 8))
+        image.save(path)
     (pictures / "names.tsv").write_text("".join(f"{i:02d}.png\ta square, number {i}\n" for i in range(16)))
     made = settings(folder / "run", pictures / "names.tsv", make_text_encoder(folder / "text"))
     return change(
@@ -481,9 +486,9 @@ def test_the_model_loads_samples_and_exports_where_the_file_is_passed(base, run,
         save(model, pipeline.card, tmp_path / "theirs", "diffusers")
 
 
-def test_a_strangers_run_never_runs_its_copy(run):
+def test_a_strangers_run_never_runs_its_copy(run, tmp_path):
     # in a process that has not been given the file
-    result = run_script("describe", run)
+    result = run_script("sample", "--model", run, "a square", "--out", tmp_path / "samples")
     assert result.returncode == 2
     assert "there is no 'my_adaln'" in result.stderr and "--extension" in result.stderr
 
