@@ -17,9 +17,8 @@ from pixart.data.class_captions import write_class_captions
 from pixart.errors import InputError
 from pixart.model import PRESETS
 from pixart.train.config import OptimizerConfig, TrainConfig
-from pixart.train.freeze import freeze, match_names
 from pixart.train.loop import train
-from pixart.train.optimizer import learning_rate
+from pixart.train.optimizer import freeze, learning_rate, match_names
 from pixart.train.setup import check_shapes
 from runs import ROOT, build, make_pictures, run_script, settings
 from toy import tiny_model

@@ -26,7 +26,7 @@ from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.save import save
 from pixart.data.arrays import ARRAYS
 from pixart.data.training_set import load_images
-from pixart.diffusion.objective import Denoising, Example, ObjectiveConfig
+from pixart.diffusion.objective import Denoising, Example, ObjectiveConfig, TrainingModule
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import IdentityAutoencoder
 from pixart.errors import InputError
@@ -40,7 +40,7 @@ from pixart.model.layers import Layout, rotate
 from pixart.registry import Registry
 from pixart.seeds import Draw
 from pixart.train.loop import train
-from pixart.train.parts import Parts, TrainingModule, make_objective
+from pixart.train.parts import Parts, make_objective
 from pixart.train.setup import make_accelerator
 from pixart.train.throughput import CallCounter
 from runs import ROOT, build, change, make_pictures, make_text_encoder, run_script, settings, write

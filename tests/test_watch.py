@@ -16,11 +16,11 @@ import pixart.diffusion.objective as objective_module
 import pixart.train.log as watch_module
 import pixart.train.loop as loop_module
 from pixart.config import dump_yaml
+from pixart.diffusion.objective import TrainingModule
 from pixart.errors import InputError
 from pixart.files import append_line, read_rows
 from pixart.model import PixArt
 from pixart.train.loop import train
-from pixart.train.parts import TrainingModule
 from pixart.train.report import read_gpu_hours
 from pixart.train.throughput import measure_peak
 from pixart.train.timestep_bins import quarter_means, sum_by_quarter

@@ -68,6 +68,18 @@ class Denoising(Objective):
         return diffusion_loss(self.schedule, self.config, output, example.x0, example.noise, t)
 
 
+class TrainingModule(nn.Module):
+    """The network and the objective as one module, which the distributed wrapper goes round: so every gradient is
+    reduced, whichever of the two a weight belongs to."""
+
+    def __init__(self, network: nn.Module, objective: Objective):
+        super().__init__()
+        self.network, self.objective = network, objective
+
+    def forward(self, example: Example) -> dict[str, Tensor]:
+        return self.objective(self.network, example)
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What a run minimises; sampling does not depend on it."""

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pixart.data.samples import Batch
 from pixart.errors import InputError
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes
@@ -29,11 +28,10 @@ class Window:
         self._steps: list[tuple[int, StepResult, list[str]]] = []
         self._problems: list[tuple[str, str]] = []
 
-    def add(self, step: int, result: StepResult, micro_batches: list[Batch], *, gone: bool) -> None:
-        """`gone`: the whole folder is; its images are then no bad ones."""
-        self._steps.append((step, result, [name for batch in micro_batches for name in batch.ids]))
-        if not gone:
-            self._problems += [problem for batch in micro_batches for problem in batch.problems]
+    def add(self, step: int, result: StepResult, ids: list[str], problems: list[tuple[str, str]]) -> None:
+        """A step's result, and this process's samples of it: all ids, and (id, reason) of those not read."""
+        self._steps.append((step, result, ids))
+        self._problems += problems
 
     def take_problems(self) -> list[tuple[str, str]]:
         """(id, reason) of the images that this process could not read."""

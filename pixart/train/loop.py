@@ -74,7 +74,9 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
             result = train_step(state, micro_batches, session.autoencoder, config)
             progress.seconds += time.perf_counter() - begun
             watch.add(result, waited, state.calls.take())
-            window.add(progress.step, result, micro_batches, gone=gone)
+            names = [name for batch in micro_batches for name in batch.ids]
+            problems = [problem for batch in micro_batches for problem in batch.problems]
+            window.add(progress.step, result, names, [] if gone else problems)  # of a folder that is gone none is bad
 
             step = progress.step
             if _due(step, config.train.log_every, steps):

@@ -1,14 +1,16 @@
-"""Optimizers by name and learning rates in closed form."""
+"""Which parameters train and how: frozen ones and groups by patterns of names, optimizers by name, learning rates."""
 
 import difflib
+import fnmatch
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
-from pixart.train.freeze import match_names
 
 
 def make_optimizer(named: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -73,3 +75,37 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int, batch_size: in
     else:
         factor = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
     return base * factor
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters that match any pattern out of training; averages and checkpoints keep them."""
+    names = [name for name, _ in model.named_parameters()]
+    frozen = match_names(names, patterns)
+    if len(frozen) == len(names):
+        raise InputError(f"train.freeze: {list(patterns)} match every parameter: nothing is left to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def match_names(names: Iterable[str], patterns: Sequence[str], setting: str = "train.freeze") -> set[str]:
+    """The names that match a shell pattern: * is any text, dots included, ? a character, [0-9] one of a range.
+
+    Raises:
+        InputError: a pattern matches nothing; `setting` is where it stands.
+    """
+    names, frozen = list(names), set()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise InputError(f"{setting}: '{pattern}' matches no parameter; near it are {_near(pattern, names)}")
+        frozen.update(found)
+    return frozen
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    # a block's names stand once, whichever block is asked for
+    number = next(iter(re.findall(r"\d+", pattern)), "0")
+    shown = {re.sub(r"^blocks\.\d+", f"blocks.{number}", name): name for name in names}
+    shown = {near: name for near, name in shown.items() if near in names} | {name: name for name in names}
+    plain = pattern.replace("*", "")
+    return ", ".join(difflib.get_close_matches(plain, list(shown), n=3, cutoff=0.0))

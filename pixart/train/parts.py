@@ -5,9 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pixart.diffusion.objective import OBJECTIVES, Denoising, Example, Objective, ObjectiveConfig
+from pixart.diffusion.objective import (
+    OBJECTIVES,
+    Denoising,
+    Example,
+    Objective,
+    ObjectiveConfig,
+    TrainingModule,
+)
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model.initialize import initialize
@@ -16,18 +23,6 @@ from pixart.seeds import derive_seed
 from pixart.train.ema import make_ema
 
 MODEL = "model"  # the network's name among the parts; others are the objective's, under their own names
-
-
-class TrainingModule(nn.Module):
-    """The network and the objective as one module, which the distributed wrapper goes round: so every gradient is
-    reduced, whichever of the two a weight belongs to."""
-
-    def __init__(self, network: PixArt, objective: Objective):
-        super().__init__()
-        self.network, self.objective = network, objective
-
-    def forward(self, example: Example) -> dict[str, Tensor]:
-        return self.objective(self.network, example)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pixart.features.official import is_official
 from pixart.features.store import read_manifest
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
-from pixart.train.freeze import freeze
+from pixart.train.optimizer import freeze
 
 
 def check_sources(config: TrainConfig) -> None:

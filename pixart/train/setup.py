@@ -25,10 +25,9 @@ from pixart.files import digest_file, write_file
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
-from pixart.train.freeze import freeze
 from pixart.train.history import CONFIG, Changes, note_start
 from pixart.train.log import check_trackers, start_trackers
-from pixart.train.optimizer import make_optimizer
+from pixart.train.optimizer import freeze, make_optimizer
 from pixart.train.parts import Parts, count_parameters, make_objective
 from pixart.train.preflight import check_sources
 from pixart.train.saving import remove_partial
