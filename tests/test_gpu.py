@@ -1,4 +1,4 @@
-"""What is claimed of a GPU, where there is one: the CPU's numbers, no waiting, exact resume, every sampler and precision."""
+"""What is claimed of a GPU, where there is one: the numbers of the CPU, no waiting, exact resume, every sampler."""
 
 import copy
 import shutil
