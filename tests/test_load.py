@@ -29,13 +29,14 @@ from pixart.checkpoint.detect import solve_positions
 from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.load import load_model, load_with_card, make_plan
 from pixart.checkpoint.locate import Found
+from pixart.checkpoint.save import save
 from pixart.checkpoint.weights import Weights
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import resolve
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
 from test_model_golden import CASES, GOLDEN, load, official_weights, run
-from toy import relative, tiny_model
+from toy import PerBlockPixArt, per_block_model, relative, tiny_model
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
@@ -519,3 +520,33 @@ def test_a_setting_that_is_new_shows_in_a_description_too(tmp_path, monkeypatch)
     assert described(path)["other settings"] == "rope True"
     rope = False
     assert "other settings" not in described(path)
+
+
+# networks that only their cards make
+
+
+@pytest.mark.parametrize("format", ["ours", "official"])
+def test_a_network_with_modules_of_its_own_is_compared_with_what_its_card_makes(format, tmp_path, monkeypatch):
+    model = per_block_model()
+    save(model, ModelCard(model.config), tmp_path / "x.pth", format)
+    with pytest.raises(
+        InputError, match=r"does not fit the model of its .*missing: .*t_block.*unknown: .*adaLN_mod"
+    ) as e:
+        load_model(tmp_path / "x.pth")
+    assert "DiT" not in str(e.value)
+    assert "refused           load: " in describe(tmp_path / "x.pth")
+    monkeypatch.setattr("pixart.checkpoint.load.PixArt", PerBlockPixArt)  # as an extension makes the card's network
+    assert_same_weights(load_model(tmp_path / "x.pth"), model)
+    assert f"format            {format}" in describe(tmp_path / "x.pth")
+
+
+def test_a_card_inside_is_compared_with_the_position_table_beside_it(tmp_path):
+    model = tiny_model(mlp_ratio=2.0, position_scale=0.5)
+    save(model, ModelCard(model.config), tmp_path / "x.pth", "official")
+    payload = torch.load(tmp_path / "x.pth")
+    payload["state_dict"]["pos_embed"] = tiny_model().positions(4, 4)[None]
+    torch.save(payload, tmp_path / "x.pth")
+    with pytest.raises(
+        InputError, match=r"its card says position_scale 0.5; by the file's own position table it is 1.0"
+    ):
+        load_model(tmp_path / "x.pth")

@@ -103,7 +103,7 @@ def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any])
     }  # fmt: skip
     for name, value in checked.items():
         if value is not None and name in own and value != own[name]:
-            raise contradiction(found.name, "its config.json says", name, value, evidence)
+            raise contradiction(found.name, "its config.json says", name, value, own)
     sigma = _says_sigma(found, settings, size, own["micro_conditions"])
     length = {} if sigma is None else {"caption_length": SIGMA_LENGTH if sigma else PRESETS["XL/2"].caption_length}
     sigma = {**length, **overrides, **own}.get("caption_length") == SIGMA_LENGTH

@@ -131,9 +131,9 @@ def _write_official(path: Path, state: dict[str, Tensor], model: PixArt, card: M
 
 
 def _is_misread(tensors: dict[str, Tensor], card: ModelCard) -> bool:
-    """Whether the tensors alone would be taken for another model, as one of custom heads, VAE or prediction."""
-    evidence = examine(tensors, "the model")
+    """Whether the tensors alone would be refused or taken for another model: custom heads, modules, VAE, prediction."""
     try:
+        evidence = examine(tensors, "the model")
         config = complete(evidence, {}, None, "the model")
     except InputError:
         return True
