@@ -101,8 +101,47 @@ def build(cls: type[T], settings: dict, where: str = "", start: T | None = None,
         raise InputError(f"{places[named[0][1]]}: {error}" if named else f"{place}{error}") from None
 
 
+def build_written(cls: type[T], settings: Any, place: str = "") -> T:
+    """Build `cls` from what a program wrote, maybe a newer version of this one.
+
+    A key that is not known here is left out if its value says that what it stands for is off: null, false, "none" or
+    empty. Any other is an error, as in `build`.
+    """
+    return build(cls, _without_unknown_off(cls, settings), place=place)
+
+
+def _without_unknown_off(cls: type, settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    hints = typing.get_type_hints(cls)
+    kept = {}
+    for key, value in settings.items():
+        if dataclasses.is_dataclass(hints.get(key)):
+            kept[key] = _without_unknown_off(hints[key], value)
+        elif key in hints or not (value is None or value is False or value in ("none", "", [], {})):
+            kept[key] = value
+    return kept
+
+
+def differences(config: Any) -> dict:
+    """What of a dataclass differs from its class's defaults, as plain dicts and lists; every section stays as a key.
+
+    What `build` makes the same dataclass of, also in a version that has more fields, or without those that are off.
+    """
+    held = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            held[field.name] = differences(value)
+        elif field.default_factory is not dataclasses.MISSING:
+            held |= {field.name: to_dict(value)} if value != field.default_factory() else {}
+        elif value != field.default:  # nothing equals MISSING
+            held[field.name] = to_dict(value)
+    return held
+
+
 def to_dict(config: Any) -> Any:
-    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    """A dataclass as plain dicts and lists, every field of it."""
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, (list, tuple)):
@@ -119,7 +158,8 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 
 
 def dump_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """A dataclass as YAML that `load_config` makes it of: what differs from the defaults."""
+    return yaml.safe_dump(differences(config), sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path, inside: tuple[Path, ...] = ()) -> _Settings:

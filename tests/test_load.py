@@ -33,6 +33,8 @@ from pixart.checkpoint.save import save
 from pixart.checkpoint.weights import Weights
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import resolve
+from pixart.diffusion.schedule import DiffusionConfig
+from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
 from test_model_golden import CASES, GOLDEN, load, official_weights, run
@@ -550,3 +552,31 @@ def test_a_card_inside_is_compared_with_the_position_table_beside_it(tmp_path):
         InputError, match=r"its card says position_scale 0.5; by the file's own position table it is 1.0"
     ):
         load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("format", ["ours", "official", "diffusers"])
+def test_a_card_holds_what_differs_from_the_defaults_and_a_newer_one_is_read_if_the_rest_is_off(format, tmp_path):
+    model = tiny_model(learn_sigma=False, micro_conditions=True)
+    card = ModelCard(model.config, DiffusionConfig(prediction="v"), text=TextConfig(null="empty"))
+    save(model, card, tmp_path / "x.pth", format)
+    if format == "official":
+        payload = torch.load(tmp_path / "x.pth")
+        written = json.loads(payload["pixart_card"])
+    else:
+        path = tmp_path / "x.pth" / {"ours": "config.json", "diffusers": "pixart.json"}[format]
+        written = json.loads(path.read_text())
+    different = {"hidden_size": 48, "depth": 2, "num_heads": 4, "learn_sigma": False, "caption_channels": 16,
+                 "caption_length": 12, "micro_conditions": True, "latent_size": 8}  # fmt: skip
+    assert written == {"model": different, "diffusion": {"prediction": "v"}, "vae": {}, "text": {"null": "empty"},
+                       "sample": {}}  # fmt: skip
+    for unknown in (False, True):
+        newer = json.dumps({**written, "model": {**different, "rope": unknown}})
+        if format == "official":
+            torch.save({**payload, "pixart_card": newer}, tmp_path / "x.pth")
+        else:
+            path.write_text(newer)
+        if unknown:
+            with pytest.raises(InputError, match=r"unknown key 'model\.rope'"):
+                load_model(tmp_path / "x.pth")
+        else:
+            assert load_with_card(tmp_path / "x.pth")[1] == card

@@ -33,7 +33,7 @@ from pixart.checkpoint.detect import (
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.checkpoint.locate import Found, locate
-from pixart.config import build, to_dict
+from pixart.config import build, build_written, to_dict
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
 from pixart.model.pixart import PixArt, PixArtConfig
@@ -142,7 +142,8 @@ def _by_card(found: Found, card: ModelCard, state: dict[str, Tensor], overrides:
     table = read_positions(state, "official", config.hidden_size, config.patch_size, found.name)
     for name, value in table.items():
         if getattr(config, name) != value:
-            raise contradiction(found.name, "its card says", name, getattr(config, name), table)
+            who = "overrides say" if name in (overrides or {}) else "its card says"
+            raise contradiction(found.name, who, name, getattr(config, name), table)
     return _plan("official", replace(card, model=config), state)
 
 
@@ -223,7 +224,7 @@ def card_inside(found: Found) -> ModelCard | None:
     if text is None:
         return None
     try:
-        return build(ModelCard, json.loads(text), place=f"{found.name}: ")
+        return build_written(ModelCard, json.loads(text), place=f"{found.name}: ")
     except (TypeError, ValueError) as error:
         raise InputError(f"{found.name}: its card cannot be read ({error})") from None
 

@@ -18,7 +18,7 @@ from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
 from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
 from pixart.checkpoint.weights import CARD_KEY, Weights
-from pixart.config import to_dict
+from pixart.config import differences
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.text import find_text_parts
 from pixart.encoders.vae import VaeConfig
@@ -126,7 +126,7 @@ def _write_official(path: Path, state: dict[str, Tensor], model: PixArt, card: M
     tensors = {"pos_embed": table, **{name: _own(tensor) for name, tensor in state.items()}}
     payload: dict = {"state_dict": tensors}
     if _is_misread(tensors, card):
-        payload[CARD_KEY] = json.dumps(to_dict(card))
+        payload[CARD_KEY] = json.dumps(differences(card))
     torch.save(payload, path)
 
 
@@ -172,7 +172,7 @@ def _write_transformer(folder: Path, state: dict[str, Tensor], card: ModelCard) 
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, settings)
-    _write_json(folder / SIDE_CARD, to_dict(card))
+    _write_json(folder / SIDE_CARD, differences(card))
     tensors = to_diffusers(state, c.depth, micro_conditions=c.micro_conditions)
     _write_tensors(folder / TRANSFORMER_FILES[0], tensors)
     if has_null_caption(state):
