@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -22,6 +22,7 @@ from pixart.errors import InputError
 from pixart.extensions import load_extensions
 
 T = TypeVar("T")
+PATH = {"path": True}  # metadata of a field that may name a file or folder; of a mapping, its keys may
 YAML_WORDS = {True: ("yes", "on"), False: ("no", "off")}  # that it reads as truth values
 
 
@@ -138,6 +139,29 @@ def differences(config: Any) -> dict:
         elif value != field.default:  # nothing equals MISSING
             held[field.name] = to_dict(value)
     return held
+
+
+def resolve_paths(config: T, before: T | None = None) -> T:
+    """A dataclass that means the same from any working directory.
+
+    In its `PATH` fields, what is there is named by its absolute path; other names, as Hub ids, stay. What is not there
+    any more, but was when `before` was resolved, is named as in it.
+    """
+
+    def resolve(name: str | None, known: Collection[str]) -> str | None:
+        absolute = os.path.abspath(name) if name else name
+        return absolute if name and (os.path.exists(name) or absolute in known) else name
+
+    changes = {}
+    for field in dataclasses.fields(config):
+        value, old = getattr(config, field.name), getattr(before, field.name, None)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = resolve_paths(value, old)
+        elif field.metadata.get("path") and isinstance(value, dict):
+            changes[field.name] = {resolve(key, old or ()): item for key, item in value.items()}
+        elif field.metadata.get("path"):
+            changes[field.name] = resolve(value, (old,))
+    return dataclasses.replace(config, **changes)
 
 
 def to_dict(config: Any) -> Any:

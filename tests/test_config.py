@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixart.checkpoint.files import ModelCard
-from pixart.config import build, build_written, differences, dump_yaml, load_config, override, to_dict
+from pixart.config import build, build_written, differences, dump_yaml, load_config, override, resolve_paths, to_dict
 from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
 from pixart.model.pixart import PixArtConfig
@@ -368,6 +368,37 @@ def test_dump_holds_what_differs_in_the_order_of_the_fields_and_is_plain_yaml():
     assert list(plain) == ["name", "flag", "inner", "other", "maybe"]
     assert list(plain["inner"]) == ["rate", "span"]
     assert "é" in dump_yaml(Outer("é"))
+
+
+def test_what_is_there_is_named_by_its_absolute_path_and_nothing_else_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "pictures", "owner/name", "store"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "vae.safetensors").touch()
+    settings = yaml.safe_load(MINIMAL)
+    settings["data"] |= {"captions": {"text": 1.0}, "mix": {"store": 2.0, "other": 1.0}, "features": "gone"}
+    settings |= {
+        "text": {"model": "text"},
+        "vae": {"kind": "kl", "source": "vae.safetensors"},
+        "init_from": "owner/name",
+    }
+    config, here = build(TrainConfig, settings), str(tmp_path)
+    found = resolve_paths(config)
+    assert (found.text.model, found.vae.source) == (f"{here}/text", f"{here}/vae.safetensors")
+    assert (found.data.folder, found.data.features, found.init_from) == (
+        f"{here}/pictures",
+        "gone",
+        f"{here}/owner/name",
+    )
+    assert found.data.mix == {f"{here}/store": 2.0, "other": 1.0}
+    assert found.data.captions == {"text": 1.0}, "a caption's field is no path"
+    monkeypatch.chdir("/")
+    assert resolve_paths(found) == found
+    assert resolve_paths(config) == config, "names of nothing here stay, as Hub ids do"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").rmdir()
+    (tmp_path / "store").rmdir()
+    assert resolve_paths(config, found) == found, "what is gone is named as before"
 
 
 # what a card and a run's config.yaml leave out. A changed default would change what the files of all versions before

@@ -22,6 +22,7 @@ from pixart.features.store import read_manifest
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.freeze import freeze
+from pixart.train.history import ENCODERS
 
 
 def check_sources(config: TrainConfig) -> None:
@@ -53,7 +54,8 @@ def check_sources(config: TrainConfig) -> None:
         try:
             look()
         except InputError as error:
-            missing.append(f"{key}: {error}")
+            hint = f"; give another with {key}=" if key in ENCODERS else ""
+            missing.append(f"{key}: {error}{hint}")
     if missing:
         several = f"{len(missing)} things are missing or wrong:\n  " if len(missing) > 1 else ""
         raise InputError(several + "\n  ".join(missing))
