@@ -138,7 +138,7 @@ def test_loading_touches_neither_the_global_generator_nor_the_default_dtype():
     ("name", "expected"),
     [
         ("nobody/no-such-model", "text encoder 'nobody/no-such-model' cannot be loaded: "),
-        ("/no/such/folder", "text encoder '/no/such/folder' cannot be loaded: "),
+        ("/no/such/folder", "text encoder '/no/such/folder': there is no such folder"),
         ("pip:no_such_package", "the package is not installed: pip install no-such-package"),
         ("pip:", "expected pip: and the name of a package"),
         ("pip:no.such", "expected pip: and the name of a package"),

@@ -138,7 +138,7 @@ def _by_card(found: Found, card: ModelCard, state: dict[str, Tensor], overrides:
     check_floats(state, found.name)
     config = build(PixArtConfig, overrides or {}, where="overrides.", start=card.model)
     if found.kind == "ours":
-        return _plan("ours", replace(card, model=config), state)
+        return _plan("ours", with_own_parts(replace(card, model=config), found), state)
     table = read_positions(state, "official", config.hidden_size, config.patch_size, found.name)
     for name, value in table.items():
         if getattr(config, name) != value:
