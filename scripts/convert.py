@@ -6,7 +6,6 @@ their names. What the Hub has is named by its id: --text-encoder owner/name leav
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -42,15 +41,8 @@ def main() -> None:
         card = replace(card, vae=AutoencoderConfig("kl", a.vae, card.vae.scale))
     if a.text_encoder:
         card = replace(card, text=replace(card.text, model=a.text_encoder))
-    local = save(model, card, a.target, a.to, parts=not a.no_parts)
-    print(f"{a.target}: {a.to}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    words = {"text_encoder": ("text encoder", "--text-encoder"), "vae": ("VAE", "--vae")}
-    if local and (a.to == "diffusers-pipeline" or (a.to == "ours" and not a.no_parts)):
-        print("with its " + " and its ".join(f"{words[part][0]} ({place})" for part, place in local.items()))
-    elif local:
-        names = " and ".join(f"./{Path(place).name}" for place in local.values())
-        options = " and ".join(words[part][1] for part in local)
-        print(f"its card names {names}: give them with {options} when sampling")
+    notes = save(model, card, a.target, a.to, parts=not a.no_parts)
+    print(f"{a.target}: {a.to}, {sum(p.numel() for p in model.parameters()):,} parameters", *notes, sep="\n")
 
 
 if __name__ == "__main__":

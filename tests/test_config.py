@@ -408,7 +408,8 @@ DEFAULTS = {
         "hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0, "patch_size": 2, "in_channels": 4,
         "learn_sigma": True, "caption_channels": 4096, "caption_length": 120, "micro_conditions": False,
         "latent_size": 32, "position_scale": 1.0, "kv_compression": None, "kv_ratio": 2, "kv_blocks": [],
-        "qk_norm": False,
+        "qk_norm": False, "conditioning": "adaln_single", "positions": "sincos", "attention": "softmax",
+        "norm": "layer_norm", "mlp": "gelu", "routing": None, "options": {},
     },
     "diffusion": {
         "schedule": "linear", "prediction": "epsilon", "times": "uniform", "logit_mean": 0.0, "logit_std": 1.0,
@@ -424,8 +425,9 @@ DEFAULTS = {
         "folder": "pictures", "features": None, "mix": {}, "format": "auto", "captions": {}, "images": None,
         "prepare": None, "resolution": 256, "aspect_ratios": False, "buckets": [], "every": 1, "validation": 0.0,
         "flip": False, "posterior": "sample", "random_crop": False, "max_crop": 0.5, "leftovers": "drop", "workers": 2,
-        "cache": False, "text_dtype": "bfloat16",
+        "cache": False, "text_dtype": "bfloat16", "conditions": {}, "targets": {}, "draws": "by_name",
     },
+    "objective": {"name": "denoising", "options": {}},
     "train": {
         "steps": 10, "batch_size": 4, "accumulation": 1, "parallel": "ddp", "timeout": 1800.0,
         "mixed_precision": "bf16", "gradient_checkpointing": False, "compile": False, "deterministic": False,
@@ -436,12 +438,14 @@ DEFAULTS = {
     "optimizer": {
         "name": "adamw", "lr": 2e-5, "auto_lr": "none", "schedule": "constant", "final_lr": 0.0, "warmup": 1000,
         "weight_decay": 0.03, "betas": None, "eps": None, "options": {}, "clip": 1.0, "skip_above": None,
+        "groups": [],
     },
     "extract": {
         "batch_size": 16, "caption_batch": 64, "mirrored": False, "vae_dtype": "float32", "latent_dtype": "float16",
         "samples_per_file": 4096, "captions_per_file": 2048,
     },
     "evaluate": {"retrieval": False},
+    "extensions": [], "accept_changed_extensions": False,
     "output": "runs/x", "seed": 0, "resume": "auto", "init_from": None, "prompts": [],
 }  # fmt: skip
 
@@ -457,7 +461,7 @@ def test_the_defaults_are_those_of_all_files_that_leave_them_out(write):
 
 def test_what_a_newer_version_wrote_is_read_if_all_that_is_unknown_is_off():
     card = {"model": {"depth": 2}, "text": {}}
-    off = {"rope": False, "norm": "none", "time_token": None, "routes": [], "router": {}, "label": ""}
+    off = {"rope": False, "gate": "none", "time_token": None, "routes": [], "router": {}, "label": ""}
     newer = {**card, "model": {"depth": 2, **off}, "text": {"pooled": False}, "adapter": {}}
     assert build_written(ModelCard, newer) == build_written(ModelCard, card) == ModelCard(PixArtConfig(depth=2))
     for on in (True, 0, 0.0, "rms", [0], {"rank": 4}):

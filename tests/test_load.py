@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ideas  # noqa: F401 - registers DiT's modulation
 import pixart
 from checkpoints import (
     HEADS,
@@ -38,7 +39,7 @@ from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
 from test_model_golden import CASES, GOLDEN, load, official_weights, run
-from toy import PerBlockPixArt, per_block_model, relative, tiny_model
+from toy import relative, tiny_model
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
@@ -500,7 +501,10 @@ def test_every_setting_of_a_network_shows_in_its_description(tmp_path):
     assert "other settings" not in plain
     for field in fields(PixArtConfig):
         value = getattr(tiny_model().config, field.name)
-        other = {"kv_compression": "uniform", "kv_blocks": (0,)}.get(field.name)
+        others = {"kv_compression": "uniform", "kv_blocks": (0,), "conditioning": "adaln", "positions": "rope",
+                  "attention": "sharper", "norm": "rms_norm", "mlp": "swiglu", "routing": "tread",
+                  "options": {"mine": 1}}  # fmt: skip
+        other = others.get(field.name)
         if other is None:
             other = not value if isinstance(value, bool) else 2 * value
         assert facts(**{field.name: other}) != plain, field.name
@@ -528,18 +532,20 @@ def test_a_setting_that_is_new_shows_in_a_description_too(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("format", ["ours", "official"])
-def test_a_network_with_modules_of_its_own_is_compared_with_what_its_card_makes(format, tmp_path, monkeypatch):
-    model = per_block_model()
-    save(model, ModelCard(model.config), tmp_path / "x.pth", format)
+def test_a_network_with_modules_of_its_own_is_compared_with_what_its_card_makes(format, tmp_path):
+    model, path = tiny_model(conditioning="adaln"), tmp_path / "x.pth"
+    save(model, ModelCard(model.config), path, format)
+    assert_same_weights(load_model(path), model)
+    assert f"format            {format}" in describe(path)
+    # its card is what tells: as another network it is refused, and never taken for a DiT
     with pytest.raises(
         InputError, match=r"does not fit the model of its .*missing: .*t_block.*unknown: .*adaLN_mod"
     ) as e:
-        load_model(tmp_path / "x.pth")
+        load_model(path, overrides={"conditioning": "adaln_single"})
     assert "DiT" not in str(e.value)
-    assert "refused           load: " in describe(tmp_path / "x.pth")
-    monkeypatch.setattr("pixart.checkpoint.load.PixArt", PerBlockPixArt)  # as an extension makes the card's network
-    assert_same_weights(load_model(tmp_path / "x.pth"), model)
-    assert f"format            {format}" in describe(tmp_path / "x.pth")
+    assert "refused           load: " in describe(path, overrides={"conditioning": "adaln_single"})
+    with pytest.raises(InputError, match=r"there is no 'adalm'; did you mean 'adaln'"):
+        load_model(path, overrides={"conditioning": "adalm"})
 
 
 def test_a_card_inside_is_compared_with_the_position_table_beside_it(tmp_path):

@@ -80,7 +80,7 @@ def test_a_runs_checkpoint_goes_into_a_run_bit_for_bit():
     state = build_state(config, accelerator, Processes(accelerator, 60), None, fresh=False)
     checkpoint = FILES / "run" / "checkpoints" / "step_00000002"
     assert load_checkpoint(state, checkpoint) == []
-    for kind, module in (("model", state.model), ("ema", state.ema)):
+    for kind, module in (("model", state.parts.network), ("ema", state.parts.average)):
         stored = load_file(checkpoint / kind / "model.safetensors")
         assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in stored.items())
     assert (state.progress.step, state.progress.images) == (2, 4)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
+import ideas  # noqa: F401 - registers DiT's modulation
 from pixart.checkpoint.detect import is_dit
 from pixart.checkpoint.files import ModelCard
 from pixart.checkpoint.init_from import start_from, start_from_dit, start_from_pixart
@@ -19,7 +20,7 @@ from pixart.train.loop import train
 from pixart.train.preflight import check_sources
 from runs import build, make_pictures, make_text_encoder, settings
 from test_model_diffusers import in_diffusers
-from toy import TINY, per_block_model, relative, tiny_inputs, tiny_model
+from toy import TINY, relative, tiny_inputs, tiny_model
 
 
 def fresh(**changes) -> PixArt:
@@ -157,16 +158,16 @@ def test_only_what_has_all_of_dits_names_and_no_other_in_its_blocks_is_a_dit(los
     state = dit_weights(48, 2)
     assert is_dit(state)
     assert not is_dit({**state, "blocks.1.cross_attn.proj.weight": torch.zeros(48, 48)})
-    assert not is_dit(per_block_model().state_dict())
+    assert not is_dit(tiny_model(conditioning="adaln").state_dict())
     del state[lost]
     assert not is_dit(state)
 
 
 @pytest.mark.parametrize("format", ["ours", "official"])
 def test_a_network_with_dits_modulations_is_started_from_by_its_card_not_taken_for_a_dit(format, tmp_path):
-    source = per_block_model()
+    source = tiny_model(conditioning="adaln")
     save(source, ModelCard(source.config), tmp_path / "x.pth", format)
-    model = per_block_model(seed=1)
+    model = fresh(conditioning="adaln")
     assert start_from(model, str(tmp_path / "x.pth")) == []
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name

@@ -1,7 +1,7 @@
 """A model with a closed form, a tiny PixArt, and how far two tensors are apart."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixart.model import PixArt, PixArtConfig
 
@@ -37,25 +37,6 @@ def tiny_model(seed: int = 0, **changes) -> PixArt:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.5 / max(parameter.shape[-1], 4) ** 0.5 + 0.02))
     return model
-
-
-class PerBlockPixArt(PixArt):
-    """A network as an extension may make it: DiT's modulation in every block, under DiT's names, in place of t_block's.
-
-    For its tensors alone: its `forward` does not take them.
-    """
-
-    def __init__(self, config: PixArtConfig):
-        super().__init__(config)
-        del self.t_block
-        for block in self.blocks:
-            del block.scale_shift_table
-            block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
-
-
-def per_block_model(seed: int = 0) -> PerBlockPixArt:
-    torch.manual_seed(seed)
-    return PerBlockPixArt(PixArtConfig(**TINY))
 
 
 def tiny_inputs(model: PixArt, batch: int = 2, side: int = 8, length: int = 5, seed: int = 1) -> dict[str, Tensor]:

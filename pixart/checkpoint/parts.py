@@ -15,6 +15,7 @@ from pixart.encoders.vae_files import find_weights, read_settings
 from pixart.errors import InputError
 
 _CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+(?:[/\\](.+))?$")
+_WORDS, _OPTIONS = {TEXT: "text encoder", VAE: "VAE"}, {TEXT: "--text-encoder", VAE: "--vae"}
 
 
 def local_parts(card: ModelCard) -> dict[str, str]:
@@ -37,14 +38,24 @@ def portable(card: ModelCard, *, copied: bool = False) -> ModelCard:
     return card
 
 
+def describe_parts(parts: dict[str, str], *, copied: bool) -> list[str]:
+    """What became of `local_parts`, as lines."""
+    if not parts:
+        return []
+    if copied:
+        return ["with its " + " and its ".join(f"{_WORDS[part]} ({name})" for part, name in parts.items())]
+    names = " and ".join(f"./{Path(name).name}" for name in parts.values())
+    options = " and ".join(_OPTIONS[part] for part in parts)
+    return [f"its card names {names}: give them with {options} when sampling"]
+
+
 def check_parts(parts: dict[str, str]) -> None:
     """Refuse parts that are to be copied and are not here."""
     for part, name in parts.items():
         if not os.path.exists(name):
-            kind, option = ("text encoder", "--text-encoder") if part == TEXT else ("VAE", "--vae")
             raise InputError(
-                f"the model's card names the {kind} {name}, which is not here: give it, or a Hub id, with {option}, or "
-                "leave local parts out with --no-parts"
+                f"the model's card names the {_WORDS[part]} {name}, which is not here: give it, or a Hub id, with "
+                f"{_OPTIONS[part]}, or leave what is on one machine alone out of a model of ours with --no-parts"
             )
 
 

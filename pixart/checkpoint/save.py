@@ -16,7 +16,7 @@ from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
 from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
-from pixart.checkpoint.parts import check_parts, copy_text, copy_vae, local_parts, portable
+from pixart.checkpoint.parts import check_parts, copy_text, copy_vae, describe_parts, local_parts, portable
 from pixart.checkpoint.weights import CARD_KEY, Weights
 from pixart.config import differences
 from pixart.diffusion.schedule import DiffusionConfig
@@ -38,7 +38,7 @@ IN_DIFFUSERS = {
 
 def save(
     model: PixArt, card: ModelCard, target: str | Path, format: Format, *, parts: bool = True
-) -> dict[str, str]:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Write a model whole or not at all, its weights in the dtype that they have.
 
     No card that is written names a place of this machine: see `parts.portable`.
@@ -51,7 +51,7 @@ def save(
         parts: False leaves VAE and text encoder out of "ours".
 
     Returns:
-        the parts that are on this machine alone, "text_encoder" and "vae" → what the card named.
+        what became of a VAE and text encoder that are on this machine alone, as lines.
 
     Raises:
         InputError: the target is there, or the format cannot express the model; says why.
@@ -72,17 +72,17 @@ def save(
     if why := refusal(card, format, has_null=has_null_caption(state)):
         raise InputError(f"{target}: {why}")
     local = local_parts(card)
+    copied = local if format == "diffusers-pipeline" or (format == "ours" and parts) else {}
+    check_parts(copied)
     if format == "official":
         write_file(target, lambda path: _write_official(path, state, model, portable(card)))
     elif format == "ours":
-        copied = local if parts else {}
-        check_parts(copied)
         write_folder(target, lambda folder: _write_ours(folder, state, card, copied))
     elif format == "diffusers":
         write_folder(target, lambda folder: _write_transformer(folder, state, portable(card)), manifest=False)
     else:
         write_folder(target, lambda folder: _write_pipeline(folder, state, card), manifest=False)
-    return local
+    return describe_parts(local, copied=bool(copied))
 
 
 def has_null_caption(state: dict[str, Tensor]) -> bool:
