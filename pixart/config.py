@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -22,6 +22,7 @@ from pixart.errors import InputError
 from pixart.extensions import load_extensions
 
 T = TypeVar("T")
+PATH = {"path": True}  # metadata of a field that may name a file or folder; of a mapping, its keys may
 YAML_WORDS = {True: ("yes", "on"), False: ("no", "off")}  # that it reads as truth values
 
 
@@ -101,8 +102,70 @@ def build(cls: type[T], settings: dict, where: str = "", start: T | None = None,
         raise InputError(f"{places[named[0][1]]}: {error}" if named else f"{place}{error}") from None
 
 
+def build_written(cls: type[T], settings: Any, place: str = "") -> T:
+    """Build `cls` from what a program wrote, maybe a newer version of this one.
+
+    A key that is not known here is left out if its value says that what it stands for is off: null, false, "none" or
+    empty. Any other is an error, as in `build`.
+    """
+    return build(cls, _without_unknown_off(cls, settings), place=place)
+
+
+def _without_unknown_off(cls: type, settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    hints = typing.get_type_hints(cls)
+    kept = {}
+    for key, value in settings.items():
+        if dataclasses.is_dataclass(hints.get(key)):
+            kept[key] = _without_unknown_off(hints[key], value)
+        elif key in hints or not (value is None or value is False or value in ("none", "", [], {})):
+            kept[key] = value
+    return kept
+
+
+def differences(config: Any) -> dict:
+    """What of a dataclass differs from its class's defaults, as plain dicts and lists; every section stays as a key.
+
+    What `build` makes the same dataclass of, also in a version that has more fields, or without those that are off.
+    """
+    held = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            held[field.name] = differences(value)
+        elif field.default_factory is not dataclasses.MISSING:
+            held |= {field.name: to_dict(value)} if value != field.default_factory() else {}
+        elif value != field.default:  # nothing equals MISSING
+            held[field.name] = to_dict(value)
+    return held
+
+
+def resolve_paths(config: T, before: T | None = None) -> T:
+    """A dataclass that means the same from any working directory.
+
+    In its `PATH` fields, what is there is named by its absolute path; other names, as Hub ids, stay. What is not there
+    any more, but was when `before` was resolved, is named as in it.
+    """
+
+    def resolve(name: str | None, known: Collection[str]) -> str | None:
+        absolute = os.path.abspath(name) if name else name
+        return absolute if name and (os.path.exists(name) or absolute in known) else name
+
+    changes = {}
+    for field in dataclasses.fields(config):
+        value, old = getattr(config, field.name), getattr(before, field.name, None)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = resolve_paths(value, old)
+        elif field.metadata.get("path") and isinstance(value, dict):
+            changes[field.name] = {resolve(key, old or ()): item for key, item in value.items()}
+        elif field.metadata.get("path"):
+            changes[field.name] = resolve(value, (old,))
+    return dataclasses.replace(config, **changes)
+
+
 def to_dict(config: Any) -> Any:
-    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    """A dataclass as plain dicts and lists, every field of it."""
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, (list, tuple)):
@@ -119,7 +182,8 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 
 
 def dump_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """A dataclass as YAML that `load_config` makes it of: what differs from the defaults."""
+    return yaml.safe_dump(differences(config), sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path, inside: tuple[Path, ...] = ()) -> _Settings:

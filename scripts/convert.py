@@ -1,4 +1,8 @@
-"""Convert a PixArt: python scripts/convert.py SOURCE TARGET --to ours|official|diffusers|diffusers-pipeline"""
+"""Convert a PixArt: python scripts/convert.py SOURCE TARGET --to ours|official|diffusers|diffusers-pipeline
+
+A text encoder and a VAE that are on this machine alone are copied into ours and diffusers-pipeline; other formats say
+their names. What the Hub has is named by its id: --text-encoder owner/name leaves a local copy out.
+"""
 
 import argparse
 from dataclasses import replace
@@ -12,7 +16,7 @@ from pixart.encoders.autoencoder import AutoencoderConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="file, model, run, diffusers folder, or Hub id: owner/name[/file.pth]")
     parser.add_argument("target", help="a new folder; a new .pth file for official")
     parser.add_argument("--to", required=True, choices=FORMATS)
@@ -24,6 +28,7 @@ def main() -> None:
     parser.add_argument("--null-caption", help="file with the y_embedder.y_embedding that a diffusers source lacks")
     parser.add_argument("--vae", help="folder, file or Hub id; the model's own by default")
     parser.add_argument("--text-encoder", help="folder or Hub id; the model's own by default")
+    parser.add_argument("--no-parts", action="store_true", help="leave local text encoder and VAE out of ours")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="what no file tells: num_heads=12")
     a = parser.parse_args()
     model, card = load_with_card(
@@ -36,8 +41,8 @@ def main() -> None:
         card = replace(card, vae=AutoencoderConfig("kl", a.vae, card.vae.scale))
     if a.text_encoder:
         card = replace(card, text=replace(card.text, model=a.text_encoder))
-    save(model, card, a.target, a.to)
-    print(f"{a.target}: {a.to}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    notes = save(model, card, a.target, a.to, parts=not a.no_parts)
+    print(f"{a.target}: {a.to}, {sum(p.numel() for p in model.parameters()):,} parameters", *notes, sep="\n")
 
 
 if __name__ == "__main__":

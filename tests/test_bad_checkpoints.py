@@ -21,6 +21,7 @@ from pixart.checkpoint.describe import describe
 from pixart.checkpoint.files import ModelCard, save_model
 from pixart.checkpoint.load import load_model
 from pixart.errors import InputError
+from test_start import dit_weights
 from toy import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -224,10 +225,8 @@ def test_an_unknown_hub_id_offline(model, tmp_path, monkeypatch):
             {"controlnet.0.before_proj.weight": 1, "controlnet.0.copied_block.attn.qkv.weight": 1},
             "this is a ControlNet",
         ),
-        (
-            {"blocks.0.adaLN_modulation.1.weight": 1, "x_embedder.proj.weight": 1},
-            "this is DiT, not PixArt: use init_from",
-        ),
+        (dit_weights(48, 2), "this is DiT, not PixArt: use init_from"),
+        ({"blocks.0.adaLN_modulation.1.weight": 1, "x_embedder.proj.weight": 1}, "not a PixArt; its tensors are"),
         ({"base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight": 1}, "holds LoRA matrices; load their base"),
         ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.weight": 1}, "the UNet of Stable Diffusion"),
         ({"model.diffusion_model.input_blocks.0.0.weight": 1}, "the UNet of Stable Diffusion"),
@@ -278,10 +277,44 @@ def test_names_and_shapes_are_all_compared(model, tmp_path):
     state["blocks.1.mlp.fc2.weight"] = torch.zeros(64, 192)
     del state["t_block.1.bias"]
     state["blocks.0.extra"] = torch.zeros(1)
-    message = refuse(save(tmp_path / "x.pth", state), "is not a whole PixArt in the official format", overrides=HEADS)
+    message = refuse(save(tmp_path / "x.pth", state), "is not a PixArt in the official format", overrides=HEADS)
     for part in ("missing: t_block.1.bias", "unknown: blocks.0.extra",
                  "of another shape: blocks.1.mlp.fc2.weight (64, 192), expected (48, 192)"):  # fmt: skip
         assert part in message
+
+
+@pytest.mark.parametrize("lost", ["x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "t_block.1.bias"])
+def test_a_pixart_that_lacks_tensors_is_not_whole(lost, model, tmp_path):
+    state = official(model)
+    del state[lost]
+    refuse(save(tmp_path / "x.pth", state), rf"{lost} is missing; the file is not whole|is not a whole PixArt .*{lost}",
+           overrides=HEADS)  # fmt: skip
+
+
+OTHERS = [
+    # Sana's blocks: the MLP is convolutions; then video transformers' first layers, texts and times
+    ("mlp.fc1.", "mlp.inverted_conv.", r"no blocks\.0\.mlp\.fc1\.weight, and blocks\.0\.mlp\.inverted_conv"),
+    ("x_embedder.proj.", "patch_embedding.", r"no x_embedder\.proj\.weight, and patch_embedding"),
+    ("y_embedder.y_proj.", "text_embedding.", r"no y_embedder\.y_proj\.fc1\.weight, and text_embedding"),
+    ("t_block.1.", "time_projection.1.", r"in the official format; missing: t_block.* unknown: time_projection"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "match"), OTHERS)
+def test_a_whole_model_of_another_kind_is_not_said_to_lack_something(old, new, match, model, tmp_path):
+    state = {name.replace(old, new): tensor for name, tensor in official(model).items()}
+    message = refuse(save(tmp_path / "x.pth", state), f"not a PixArt.*{match}", overrides=HEADS)
+    assert "not whole" not in message and "a whole" not in message
+
+
+def test_another_transformer_of_diffusers_is_not_said_to_lack_something(tmp_path):
+    # LTX-Video's names, a transformer with PixArt's adaLN-single
+    names = ("proj_in", "adaln_single.linear", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn1.norm_q")
+    state = {f"{name}.weight": torch.zeros(8, 8) for name in names}
+    match = (
+        r"not a PixArt: it has no pos_embed.proj.weight, and proj_in.weight, transformer_blocks.0.attn1.norm_q.weight"
+    )
+    assert "not whole" not in refuse(save(tmp_path / "x.pth", state), match)
 
 
 def test_a_wrong_width(model, tmp_path):

@@ -50,7 +50,7 @@ def test_runs_on_other_pictures_are_said_to_be(runs, tmp_path):
     shutil.copytree(runs[0], other)
     assert "other pictures" not in compare_runs([runs[0], other])
     text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace("flip: false", "flip: true"))
+    (other / "config.yaml").write_text(text.replace("data:\n", "data:\n  flip: true\n"))
     assert "captions in each of these runs (data.flip differ)" in compare_runs([runs[0], other])
     (other / "config.yaml").write_text(text)
     history = (other / "history.jsonl").read_text()

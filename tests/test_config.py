@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixart.checkpoint.files import ModelCard
-from pixart.config import build, dump_yaml, load_config, override, to_dict
+from pixart.config import build, build_written, differences, dump_yaml, load_config, override, resolve_paths, to_dict
 from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
 from pixart.model.pixart import PixArtConfig
@@ -324,7 +324,8 @@ def test_every_config_in_the_repository_loads_and_survives_a_round_trip(path, wr
     config = load_config(TrainConfig, path)
     assert config.output != ""
     assert load_config(TrainConfig, write(dump_yaml(config))) == config
-    assert build(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config  # as config.json of a model does
+    assert build(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config  # as earlier versions wrote them
+    assert build_written(ModelCard, json.loads(json.dumps(differences(config.card)))) == config.card
 
 
 def test_there_is_a_config_to_load():
@@ -356,11 +357,128 @@ def test_any_config_survives_dump_and_load(tmp_path_factory, config):
     assert load_config(Outer, path) == config
 
 
-def test_dump_keeps_the_order_of_the_fields_and_is_plain_yaml():
-    plain = yaml.safe_load(dump_yaml(Outer("é", inner=Inner(span=(1.0, 2.0)))))
-    assert list(plain) == [f.name for f in dataclasses.fields(Outer)]
-    assert plain["inner"]["span"] == [1.0, 2.0]
+@given(configs)
+def test_any_config_survives_as_what_differs_from_the_defaults(config):
+    assert build(Outer, json.loads(json.dumps(differences(config)))) == config
+
+
+def test_dump_holds_what_differs_in_the_order_of_the_fields_and_is_plain_yaml():
+    plain = yaml.safe_load(dump_yaml(Outer("é", flag=True, inner=Inner(span=(1.0, 2.0), rate=0.25), maybe=None)))
+    assert plain == {"name": "é", "flag": True, "inner": {"rate": 0.25, "span": [1.0, 2.0]}, "other": {}, "maybe": None}
+    assert list(plain) == ["name", "flag", "inner", "other", "maybe"]
+    assert list(plain["inner"]) == ["rate", "span"]
     assert "é" in dump_yaml(Outer("é"))
+
+
+def test_what_is_there_is_named_by_its_absolute_path_and_nothing_else_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "pictures", "owner/name", "store"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "vae.safetensors").touch()
+    settings = yaml.safe_load(MINIMAL)
+    settings["data"] |= {"captions": {"text": 1.0}, "mix": {"store": 2.0, "other": 1.0}, "features": "gone"}
+    settings |= {
+        "text": {"model": "text"},
+        "vae": {"kind": "kl", "source": "vae.safetensors"},
+        "init_from": "owner/name",
+    }
+    config, here = build(TrainConfig, settings), str(tmp_path)
+    found = resolve_paths(config)
+    assert (found.text.model, found.vae.source) == (f"{here}/text", f"{here}/vae.safetensors")
+    assert (found.data.folder, found.data.features, found.init_from) == (
+        f"{here}/pictures",
+        "gone",
+        f"{here}/owner/name",
+    )
+    assert found.data.mix == {f"{here}/store": 2.0, "other": 1.0}
+    assert found.data.captions == {"text": 1.0}, "a caption's field is no path"
+    monkeypatch.chdir("/")
+    assert resolve_paths(found) == found
+    assert resolve_paths(config) == config, "names of nothing here stay, as Hub ids do"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").rmdir()
+    (tmp_path / "store").rmdir()
+    assert resolve_paths(config, found) == found, "what is gone is named as before"
+
+
+# what a card and a run's config.yaml leave out. A changed default would change what the files of all versions before
+# mean: give the new behaviour a new name or word instead. A new field gets a line here, and is off by default.
+DEFAULTS = {
+    "model": {
+        "hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0, "patch_size": 2, "in_channels": 4,
+        "learn_sigma": True, "caption_channels": 4096, "caption_length": 120, "micro_conditions": False,
+        "latent_size": 32, "position_scale": 1.0, "kv_compression": None, "kv_ratio": 2, "kv_blocks": [],
+        "qk_norm": False, "conditioning": "adaln_single", "positions": "sincos", "attention": "softmax",
+        "norm": "layer_norm", "mlp": "gelu", "routing": None, "options": {},
+    },
+    "diffusion": {
+        "schedule": "linear", "prediction": "epsilon", "times": "uniform", "logit_mean": 0.0, "logit_std": 1.0,
+        "weighting": "uniform", "min_snr_gamma": 5.0,
+    },
+    "text": {"model": "DeepFloyd/t5-v1_1-xxl", "length": 120, "clean": True, "null": "buffer"},
+    "vae": {"kind": "identity", "source": "", "scale": None},
+    "sample": {
+        "sampler": "auto", "steps": None, "guidance": None, "guidance_low": 0.0, "guidance_high": 1000.0,
+        "rescale": 0.0, "order": 2, "ending": "sigma", "eta": 0.0, "tau": 1.0, "clip_x0": False, "shift": 1.0,
+    },
+    "data": {
+        "folder": "pictures", "features": None, "mix": {}, "format": "auto", "captions": {}, "images": None,
+        "prepare": None, "resolution": 256, "aspect_ratios": False, "buckets": [], "every": 1, "validation": 0.0,
+        "flip": False, "posterior": "sample", "random_crop": False, "max_crop": 0.5, "leftovers": "drop", "workers": 2,
+        "cache": False, "text_dtype": "bfloat16", "conditions": {}, "targets": {}, "draws": "by_name",
+    },
+    "objective": {"name": "denoising", "options": {}},
+    "train": {
+        "steps": 10, "batch_size": 4, "accumulation": 1, "parallel": "ddp", "timeout": 1800.0,
+        "mixed_precision": "bf16", "gradient_checkpointing": False, "compile": False, "deterministic": False,
+        "freeze": [], "caption_dropout": 0.1, "ema": 0.9999, "ema_warmup": False, "log_every": 20, "sample_every": 0,
+        "validate_every": 0, "save_every": 1000, "keep": 3, "on_save_error": "continue", "trackers": ["tensorboard"],
+        "peak_tflops": None,
+    },
+    "optimizer": {
+        "name": "adamw", "lr": 2e-5, "auto_lr": "none", "schedule": "constant", "final_lr": 0.0, "warmup": 1000,
+        "weight_decay": 0.03, "betas": None, "eps": None, "options": {}, "clip": 1.0, "skip_above": None,
+        "groups": [],
+    },
+    "extract": {
+        "batch_size": 16, "caption_batch": 64, "mirrored": False, "vae_dtype": "float32", "latent_dtype": "float16",
+        "samples_per_file": 4096, "captions_per_file": 2048,
+    },
+    "evaluate": {"retrieval": False},
+    "extensions": [], "accept_changed_extensions": False,
+    "output": "runs/x", "seed": 0, "resume": "auto", "init_from": None, "prompts": [],
+}  # fmt: skip
+
+
+def test_the_defaults_are_those_of_all_files_that_leave_them_out(write):
+    config = to_dict(load_config(TrainConfig, write(MINIMAL)))
+    assert {name: value for name, value in config.items() if name not in DEFAULTS} == {}
+    for name, expected in DEFAULTS.items():
+        assert config[name] == expected, name
+    assert list(to_dict(ModelCard())) == ["model", "diffusion", "vae", "text", "sample"]
+    assert {name: DEFAULTS[name] for name in to_dict(ModelCard())} == to_dict(ModelCard())
+
+
+def test_what_a_newer_version_wrote_is_read_if_all_that_is_unknown_is_off():
+    card = {"model": {"depth": 2}, "text": {}}
+    off = {"rope": False, "gate": "none", "time_token": None, "routes": [], "router": {}, "label": ""}
+    newer = {**card, "model": {"depth": 2, **off}, "text": {"pooled": False}, "adapter": {}}
+    assert build_written(ModelCard, newer) == build_written(ModelCard, card) == ModelCard(PixArtConfig(depth=2))
+    for on in (True, 0, 0.0, "rms", [0], {"rank": 4}):
+        with pytest.raises(InputError, match=r"unknown key 'model\.rope'"):
+            build_written(ModelCard, {"model": {"rope": on}})
+    with pytest.raises(InputError, match="unknown key 'adapter'"):
+        build_written(ModelCard, {**card, "adapter": {"rank": None}})
+    with pytest.raises(InputError, match=r"model: got 5, expected a section with keys"):
+        build_written(ModelCard, {"model": 5})
+    with pytest.raises(InputError, match="expected keys and values, got a list"):
+        build_written(ModelCard, [])
+
+
+def test_a_key_that_is_off_is_no_less_unknown_where_a_person_wrote_it(write):
+    assert "unknown key 'model.rope'" in error(TrainConfig, write(MINIMAL + "model: {rope: false}\n"))
+    assert "unknown key 'model.rope'" in error(TrainConfig, write(MINIMAL), ["model.rope=false"])
+    assert "unknown key 'rope'" in error(TrainConfig, write(MINIMAL), ["rope="])
 
 
 def test_the_leaves_need_no_torch():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ideas  # noqa: F401 - registers DiT's modulation
 import pixart
 from checkpoints import (
     HEADS,
@@ -29,9 +30,12 @@ from pixart.checkpoint.detect import solve_positions
 from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.load import load_model, load_with_card, make_plan
 from pixart.checkpoint.locate import Found
+from pixart.checkpoint.save import save
 from pixart.checkpoint.weights import Weights
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import resolve
+from pixart.diffusion.schedule import DiffusionConfig
+from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
 from test_model_golden import CASES, GOLDEN, load, official_weights, run
@@ -497,7 +501,10 @@ def test_every_setting_of_a_network_shows_in_its_description(tmp_path):
     assert "other settings" not in plain
     for field in fields(PixArtConfig):
         value = getattr(tiny_model().config, field.name)
-        other = {"kv_compression": "uniform", "kv_blocks": (0,)}.get(field.name)
+        others = {"kv_compression": "uniform", "kv_blocks": (0,), "conditioning": "adaln", "positions": "rope",
+                  "attention": "sharper", "norm": "rms_norm", "mlp": "swiglu", "routing": "tread",
+                  "options": {"mine": 1}}  # fmt: skip
+        other = others.get(field.name)
         if other is None:
             other = not value if isinstance(value, bool) else 2 * value
         assert facts(**{field.name: other}) != plain, field.name
@@ -519,3 +526,63 @@ def test_a_setting_that_is_new_shows_in_a_description_too(tmp_path, monkeypatch)
     assert described(path)["other settings"] == "rope True"
     rope = False
     assert "other settings" not in described(path)
+
+
+# networks that only their cards make
+
+
+@pytest.mark.parametrize("format", ["ours", "official"])
+def test_a_network_with_modules_of_its_own_is_compared_with_what_its_card_makes(format, tmp_path):
+    model, path = tiny_model(conditioning="adaln"), tmp_path / "x.pth"
+    save(model, ModelCard(model.config), path, format)
+    assert_same_weights(load_model(path), model)
+    assert f"format            {format}" in describe(path)
+    # its card is what tells: as another network it is refused, and never taken for a DiT
+    with pytest.raises(
+        InputError, match=r"does not fit the model of its .*missing: .*t_block.*unknown: .*adaLN_mod"
+    ) as e:
+        load_model(path, overrides={"conditioning": "adaln_single"})
+    assert "DiT" not in str(e.value)
+    assert "refused           load: " in describe(path, overrides={"conditioning": "adaln_single"})
+    with pytest.raises(InputError, match=r"there is no 'adalm'; did you mean 'adaln'"):
+        load_model(path, overrides={"conditioning": "adalm"})
+
+
+def test_a_card_inside_is_compared_with_the_position_table_beside_it(tmp_path):
+    model = tiny_model(mlp_ratio=2.0, position_scale=0.5)
+    save(model, ModelCard(model.config), tmp_path / "x.pth", "official")
+    payload = torch.load(tmp_path / "x.pth")
+    payload["state_dict"]["pos_embed"] = tiny_model().positions(4, 4)[None]
+    torch.save(payload, tmp_path / "x.pth")
+    with pytest.raises(
+        InputError, match=r"its card says position_scale 0.5; by the file's own position table it is 1.0"
+    ):
+        load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("format", ["ours", "official", "diffusers"])
+def test_a_card_holds_what_differs_from_the_defaults_and_a_newer_one_is_read_if_the_rest_is_off(format, tmp_path):
+    model = tiny_model(learn_sigma=False, micro_conditions=True)
+    card = ModelCard(model.config, DiffusionConfig(prediction="v"), text=TextConfig(null="empty"))
+    save(model, card, tmp_path / "x.pth", format)
+    if format == "official":
+        payload = torch.load(tmp_path / "x.pth")
+        written = json.loads(payload["pixart_card"])
+    else:
+        path = tmp_path / "x.pth" / {"ours": "config.json", "diffusers": "pixart.json"}[format]
+        written = json.loads(path.read_text())
+    different = {"hidden_size": 48, "depth": 2, "num_heads": 4, "learn_sigma": False, "caption_channels": 16,
+                 "caption_length": 12, "micro_conditions": True, "latent_size": 8}  # fmt: skip
+    assert written == {"model": different, "diffusion": {"prediction": "v"}, "vae": {}, "text": {"null": "empty"},
+                       "sample": {}}  # fmt: skip
+    for unknown in (False, True):
+        newer = json.dumps({**written, "model": {**different, "rope": unknown}})
+        if format == "official":
+            torch.save({**payload, "pixart_card": newer}, tmp_path / "x.pth")
+        else:
+            path.write_text(newer)
+        if unknown:
+            with pytest.raises(InputError, match=r"unknown key 'model\.rope'"):
+                load_model(tmp_path / "x.pth")
+        else:
+            assert load_with_card(tmp_path / "x.pth")[1] == card

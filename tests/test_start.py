@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
+import ideas  # noqa: F401 - registers DiT's modulation
+from pixart.checkpoint.detect import is_dit
 from pixart.checkpoint.files import ModelCard
-from pixart.checkpoint.init_from import is_dit, start_from, start_from_dit, start_from_pixart
+from pixart.checkpoint.init_from import start_from, start_from_dit, start_from_pixart
 from pixart.checkpoint.save import save
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
@@ -145,6 +147,30 @@ def test_a_start_from_dit_equals_dit_block_by_block_at_t_500(width, depth, heads
     h = layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
     reference = linear(h, state["final_layer.linear.weight"], state["final_layer.linear.bias"])
     assert relative(model.final_layer(x, time), reference) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.1.mlp.fc2.bias",
+     "final_layer.adaLN_modulation.1.weight", "blocks.0.adaLN_modulation.1.weight"],
+)  # fmt: skip
+def test_only_what_has_all_of_dits_names_and_no_other_in_its_blocks_is_a_dit(lost):
+    state = dit_weights(48, 2)
+    assert is_dit(state)
+    assert not is_dit({**state, "blocks.1.cross_attn.proj.weight": torch.zeros(48, 48)})
+    assert not is_dit(tiny_model(conditioning="adaln").state_dict())
+    del state[lost]
+    assert not is_dit(state)
+
+
+@pytest.mark.parametrize("format", ["ours", "official"])
+def test_a_network_with_dits_modulations_is_started_from_by_its_card_not_taken_for_a_dit(format, tmp_path):
+    source = tiny_model(conditioning="adaln")
+    save(source, ModelCard(source.config), tmp_path / "x.pth", format)
+    model = fresh(conditioning="adaln")
+    assert start_from(model, str(tmp_path / "x.pth")) == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_a_dit_of_another_size_is_refused():

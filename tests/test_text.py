@@ -12,8 +12,10 @@ import torch
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from pixart.encoders.caption_cleaning import clean_caption
+from pixart.encoders.fingerprint import fingerprint
 from pixart.encoders.text import TextConfig, TextEncoder, find_text_model
 from pixart.errors import InputError
 
@@ -136,7 +138,7 @@ def test_loading_touches_neither_the_global_generator_nor_the_default_dtype():
     ("name", "expected"),
     [
         ("nobody/no-such-model", "text encoder 'nobody/no-such-model' cannot be loaded: "),
-        ("/no/such/folder", "text encoder '/no/such/folder' cannot be loaded: "),
+        ("/no/such/folder", "text encoder '/no/such/folder': there is no such folder"),
         ("pip:no_such_package", "the package is not installed: pip install no-such-package"),
         ("pip:", "expected pip: and the name of a package"),
         ("pip:no.such", "expected pip: and the name of a package"),
@@ -332,3 +334,19 @@ def test_a_decoder_is_no_text_encoder(t5_folder, tmp_path):
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
     with pytest.raises(InputError, match=r"cannot be loaded: .*GPT2Config"):
         TextEncoder.load(minilm(model=str(tmp_path / "gpt")))
+
+
+def test_an_encoder_without_the_pooler_that_is_not_used_has_one_fingerprint(text_encoder, tmp_path):
+    shutil.copytree(text_encoder, tmp_path / "e")
+    state = load_file(tmp_path / "e" / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "e" / "model.safetensors", metadata={"format": "pt"})
+    config = TextConfig(str(tmp_path / "e"), length=12, clean=False)
+    assert len({fingerprint(TextEncoder.load(config).model) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no_such_folder", "../no_such_folder"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name):
+    with pytest.raises(InputError, match=f"text encoder '{name}': there is no such folder$"):
+        TextEncoder.load(TextConfig(name, clean=False))

@@ -18,6 +18,7 @@ from pixart.errors import InputError
 from pixart.model.pixart import PRESETS, PixArtConfig
 
 T5 = "DeepFloyd/t5-v1_1-xxl"
+TEXT, VAE = "text_encoder", "vae"  # folders of a pipeline, and beside a model of ours
 VAES = {  # is Σ's: Hub id and scaling factor
     False: ("stabilityai/sd-vae-ft-ema", 0.18215),
     True: ("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers/vae", 0.13025),
@@ -47,9 +48,9 @@ def implied_card(config: PixArtConfig, evidence: Evidence, found: Found) -> Mode
         null = "empty_own_mask"
     source, scale = VAES[sigma]
     diffusion, sample = DiffusionConfig(), SampleConfig()
-    if (vae := _part(found, "vae")) is not None:
+    if (vae := _part(found, VAE)) is not None:
         scale = VaeConfig.from_diffusers(read_json(vae / "config.json")).scaling_factor
-    if found.pipeline is not None and (path := found.pipeline / "scheduler" / "scheduler_config.json").is_file():
+    if found.home is not None and (path := found.home / "scheduler" / "scheduler_config.json").is_file():
         diffusion = _diffusion(path)
         if read_json(path).get("_class_name") == "LCMScheduler":
             sample = SampleConfig(sampler="lcm")
@@ -65,13 +66,13 @@ def implied_card(config: PixArtConfig, evidence: Evidence, found: Found) -> Mode
 
 
 def with_own_parts(card: ModelCard, found: Found) -> ModelCard:
-    """A card with the VAE and text encoder of the pipeline folder around the transformer, where that holds them.
+    """A card with the VAE and text encoder that the model's own folder holds, or diffusers' pipeline around it.
 
-    A side card names those of the export, which need not be there any more. Its scale stays: the latents have it.
+    The card names those of the export, which need not be there any more. Its scale stays: the latents have it.
     """
-    if card.vae.kind == "kl" and (vae := _part(found, "vae")) is not None:
+    if card.vae.kind == "kl" and (vae := _part(found, VAE)) is not None:
         card = replace(card, vae=replace(card.vae, source=str(vae)))
-    if (text := _part(found, "text_encoder")) is not None:
+    if (text := _part(found, TEXT)) is not None:
         card = replace(card, text=replace(card.text, model=str(text)))
     return card
 
@@ -103,7 +104,7 @@ def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any])
     }  # fmt: skip
     for name, value in checked.items():
         if value is not None and name in own and value != own[name]:
-            raise contradiction(found.name, "its config.json says", name, value, evidence)
+            raise contradiction(found.name, "its config.json says", name, value, own)
     sigma = _says_sigma(found, settings, size, own["micro_conditions"])
     length = {} if sigma is None else {"caption_length": SIGMA_LENGTH if sigma else PRESETS["XL/2"].caption_length}
     sigma = {**length, **overrides, **own}.get("caption_length") == SIGMA_LENGTH
@@ -122,10 +123,10 @@ def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any])
 
 
 def _part(found: Found, name: str) -> Path | None:
-    """The folder of a part of the pipeline around a transformer, if it is there."""
-    if found.pipeline is None or not (found.pipeline / name / "config.json").is_file():
+    """The folder of a part beside a model of ours, or of the pipeline around a transformer, if it is there."""
+    if found.home is None or not (found.home / name / "config.json").is_file():
         return None
-    return (found.pipeline / name).resolve()
+    return (found.home / name).resolve()
 
 
 def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool | None:
@@ -134,8 +135,8 @@ def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool | 
     The authors' converter writes `interpolation_scale` and `use_additional_conditions` for both; diffusers' older
     script, which is for α alone, neither.
     """
-    if found.pipeline is not None:
-        kind = str(read_json(found.pipeline / PIPELINE).get("_class_name"))
+    if found.home is not None:
+        kind = str(read_json(found.home / PIPELINE).get("_class_name"))
         if not kind.startswith("PixArt"):
             raise InputError(f"{found.name}: a {kind}, expected PixArtAlphaPipeline or PixArtSigmaPipeline")
         return kind.startswith("PixArtSigma")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixart.checkpoint.detect import FLOATS, examine, is_sigma, recognise, short
 from pixart.checkpoint.files import WEIGHTS, ModelCard
-from pixart.checkpoint.load import Plan, check_one_dtype, make_plan, non_finite
+from pixart.checkpoint.load import Plan, check_one_dtype, make_plan, network_card, non_finite
 from pixart.checkpoint.locate import Found, locate
 from pixart.checkpoint.save import FORMATS, refusal
 from pixart.errors import InputError
@@ -51,7 +51,7 @@ def describe(
         plan = make_plan(found, state, overrides)
     except InputError as error:
         refused.append(f"load: {error}")
-        if found.kind == "foreign":
+        if network_card(found) is None:
             lines = [("format", recognise(state, found.name)), *lines]  # no PixArt at all: its error is the answer
             lines += [] if quantised else _evidence(state, found.name)
     else:

@@ -29,13 +29,20 @@ _SCALES = {preset.latent_size: preset.position_scale for preset in PRESETS.value
 _CAUSES = (
     (r"(^|\.)controlnet", "this is a ControlNet checkpoint (PixArt-δ), not its base model; load that"),
     (r"lora_|\.lora\.|\.dora_", "this file holds LoRA matrices; load their base model, and merge them into it first"),
-    (r"adaLN_modulation", "this is DiT, not PixArt: use init_from in a training config to start from it"),
     (r"(^|\.)(down_blocks\..*attentions\..*attn2|input_blocks\.|time_embed)", "this is the UNet of Stable Diffusion"),
     (r"(^|\.)(encoder|decoder)\.(down_blocks|up_blocks|conv_in|down\.|up\.)",
      "this is a VAE, not a PixArt: give it as vae.source, or --vae"),
     (r"encoder\.block\.\d+\.layer|^shared\.weight$", "this is a T5 text encoder, not a PixArt: give it as text.model"),
     (r"joint_|double_blocks|single_blocks", "this is another kind of transformer (SD3, FLUX), not a PixArt"),
 )  # fmt: skip
+# DiT's names, but for its position table
+_DIT = (
+    "x_embedder.proj.weight", "y_embedder.embedding_table.weight",
+    *(f"{module}.{kind}" for module in ("t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.adaLN_modulation.1",
+                                        "final_layer.linear") for kind in ("weight", "bias")),
+)  # fmt: skip
+_DIT_BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+_MAY_HAVE = ("attn.sr", "attn.norm", "attn.q_norm", "attn.k_norm")  # modules of an official block
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,20 @@ class Evidence:
     has_null: bool
 
 
+def is_dit(names: Mapping[str, Any] | set[str]) -> bool:
+    """Whether these are DiT's names, all of them and no other in its blocks; a network with DiT's modulation and
+    cross-attention is none."""
+    inside = {name for name in names if name.startswith("blocks.")}
+    depth = len({name.split(".")[1] for name in inside})
+    modules = [f"blocks.{i}.{part}" for i in range(depth) for part in _DIT_BLOCK]
+    blocks = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    return depth > 0 and inside == blocks and all(name in names for name in _DIT)
+
+
 def cause(names: Mapping[str, Any] | set[str]) -> str | None:
     """What a set of names is a sign of, if not of a PixArt."""
+    if is_dit(names):
+        return "this is DiT, not PixArt: use init_from in a training config to start from it"
     return next((text for sign, text in _CAUSES if any(re.search(sign, name) for name in names)), None)
 
 
@@ -87,7 +106,8 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
     """Read format and network off a file's tensors; of their values only the position table's are looked at.
 
     Raises:
-        InputError: no PixArt, of which it names the likely kind; quantised, or not whole.
+        InputError: no PixArt, of which it names the likely kind, or what it has that no PixArt has; quantised, or not
+            whole.
     """
     kind = recognise(state, source)
     check_floats(state, source)
@@ -96,6 +116,8 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         theirs = rename.get(name, name)
         if theirs not in state:
+            if others := ", ".join(_unknown(state, kind)[:2]):
+                raise InputError(f"{source}: not a PixArt: it has no {theirs}, and {others}, which no PixArt has")
             raise InputError(f"{source}: {theirs} is missing; the file is not whole")
         if state[theirs].ndim != ndim:
             raise InputError(f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, expected {ndim} dimensions")
@@ -122,10 +144,26 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
     }
     if NULL_CAPTION in state:
         found["caption_length"] = shape(NULL_CAPTION, 2)[0]
-    if POSITIONS[kind] in state:
-        side, found["position_scale"] = solve_positions(state[POSITIONS[kind]], width, source)
-        found["latent_size"] = side * patch
+    found |= read_positions(state, kind, width, patch, source)
     return Evidence(kind, found, NULL_CAPTION in state)
+
+
+def read_positions(state: Mapping[str, Tensor], kind: Format, width: int, patch: int, source: str) -> dict[str, Any]:
+    """The native size and scale that a stored position table tells; nothing where none is stored."""
+    if POSITIONS[kind] not in state:
+        return {}
+    side, scale = solve_positions(state[POSITIONS[kind]], width, source)
+    return {"position_scale": scale, "latent_size": side * patch}
+
+
+def _unknown(state: Mapping[str, Any], kind: Format) -> list[str]:
+    """Names that no PixArt of this format has."""
+    parts = diffusers_parts(1, micro_conditions=True)
+    known = {POSITIONS[kind], NULL_CAPTION, *(part for parts in parts.values() for part in parts)}
+    if kind == "official":
+        optional = {f"blocks.0.{module}.{end}" for module in _MAY_HAVE for end in ("weight", "bias")}
+        known = {POSITIONS[kind], NULL_CAPTION, *parts, *optional}
+    return [name for name in state if re.sub(r"blocks\.\d+\.", "blocks.0.", name, count=1) not in known]
 
 
 def _compression(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
@@ -187,7 +225,7 @@ def complete(found: Evidence, told: dict[str, Any], overrides: dict[str, Any] | 
     check_fields(overrides)
     for name, value in overrides.items():
         if name in found.fields and to_dict(found.fields[name]) != to_dict(value):
-            raise contradiction(source, "overrides say", name, value, found)
+            raise contradiction(source, "overrides say", name, value, found.fields)
     known = {**told, **overrides, **found.fields}
     if "caption_length" not in known:
         if not known["micro_conditions"]:
@@ -217,10 +255,10 @@ def check_fields(overrides: dict[str, Any]) -> None:
             raise InputError(f"overrides: unknown field '{name}'{hint} (there are {', '.join(names)})")
 
 
-def contradiction(source: str, who: str, name: str, value: Any, found: Evidence) -> InputError:
+def contradiction(source: str, who: str, name: str, value: Any, found: Mapping[str, Any]) -> InputError:
     """The error for a value that is told of a file whose tensors say another."""
     own = "position table" if name in ("latent_size", "position_scale") else "tensors"
-    return InputError(f"{source}: {who} {name} {value}; by the file's own {own} it is {found.fields[name]}")
+    return InputError(f"{source}: {who} {name} {value}; by the file's own {own} it is {found[name]}")
 
 
 def is_sigma(config: PixArtConfig) -> bool:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixart.config import build, to_dict
+from pixart.config import build_written, differences
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
@@ -23,7 +23,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that sampling from a model needs besides its weights; the sections of `config.json`."""
+    """All that sampling from a model needs besides its weights; the sections of `config.json`, which holds what differs
+    from the defaults."""
 
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -39,7 +40,7 @@ def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
         OSError: the disk is full, or the folder cannot be written.
     """
     save_tensors(folder / WEIGHTS, state)
-    (folder / CONFIG).write_text(json.dumps(to_dict(card), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(differences(card), indent=2) + "\n", encoding="utf-8")
 
 
 def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
@@ -58,7 +59,7 @@ def read_card(folder: Path, name: str = CONFIG) -> ModelCard:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     try:
-        return build(ModelCard, settings)
+        return build_written(ModelCard, settings)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -6,10 +6,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.detect import check_floats, examine
+from pixart.checkpoint.detect import check_floats, examine, is_dit
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import diffusers_parts
-from pixart.checkpoint.load import card_inside, non_finite
+from pixart.checkpoint.load import network_card, non_finite
 from pixart.checkpoint.locate import Found, locate
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
@@ -35,14 +35,15 @@ def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: Diffu
     check_floats(state, found.name)
     if broken := [name for name, tensor in state.items() if non_finite(tensor)]:
         raise InputError(f"{source}: {broken[0]} has NaN or infinite weights; the training that wrote it had diverged")
-    dit = is_dit(state)
-    if found.kind == "foreign" and not dit:
+    card = network_card(found)
+    dit = card is None and is_dit(state)
+    if card is None and not dit:
         evidence = examine(state, found.name)
         if evidence.format == "diffusers":
             table = diffusers_parts(evidence.fields["depth"], micro_conditions=evidence.fields["micro_conditions"])
             side = {_NULL: state[_NULL]} if _NULL in state else {}  # from our export's side file
             state = {name: torch.cat([state[part] for part in parts]) for name, parts in table.items()} | side
-    card = found.card or card_inside(found)
+    card = card or found.card
     notes = _check_heads(model, found, card, state)
     if dit:
         return notes + start_from_dit(model, state)
@@ -78,11 +79,6 @@ def _differences(card: ModelCard, config: PixArtConfig, diffusion: DiffusionConf
         for field in fields(now)
         if field.name not in told and getattr(before, field.name) != getattr(now, field.name)
     ]
-
-
-def is_dit(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are DiT's weights: a modulation of its own in every block."""
-    return "blocks.0.adaLN_modulation.1.weight" in state
 
 
 @torch.no_grad()

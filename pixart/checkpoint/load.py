@@ -27,12 +27,13 @@ from pixart.checkpoint.detect import (
     contradiction,
     examine,
     is_sigma,
+    read_positions,
     short,
 )
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.checkpoint.locate import Found, locate
-from pixart.config import build, to_dict
+from pixart.config import build, build_written, to_dict
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
 from pixart.model.pixart import PixArt, PixArtConfig
@@ -113,34 +114,57 @@ def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] 
     Raises:
         InputError: as `load_model`.
     """
-    if found.kind == "ours":
-        check_fields(overrides or {})
-        check_floats(state, found.name)
-        config = build(PixArtConfig, overrides or {}, where="overrides.", start=found.card.model)
-        plan = _plan("ours", replace(found.card, model=config), state)
-        what = "does not fit the model of its config"
-    else:
-        evidence = examine(state, found.name)
-        card = found.card or card_inside(found)
+    card = network_card(found)
+    plan = _by_tensors(found, state, overrides) if card is None else _by_card(found, card, state, overrides)
+    expected, held = _expected(plan), _shapes(state)
+    if difference := compare_shapes(expected, held):
         if card is not None:
-            for name, value in evidence.fields.items():
-                if to_dict(getattr(card.model, name)) != to_dict(value):
-                    raise contradiction(found.name, "its card says", name, getattr(card.model, name), evidence)
-        told = settings_fields(found, evidence, overrides or {})
-        if card is not None:
-            if other := [name for name in told if name in _SETTLED and told[name] != getattr(card.model, name)]:
-                raise InputError(
-                    f"{found.name}: its config.json says {other[0]} {told[other[0]]}, its card "
-                    f"{getattr(card.model, other[0])}; one of the two was changed"
-                )
-            told = {field.name: getattr(card.model, field.name) for field in fields(PixArtConfig)}
-        config = complete(evidence, told, overrides, found.name)
-        card = with_own_parts(replace(card, model=config), found) if card else implied_card(config, evidence, found)
-        plan = _plan(evidence.format, card, state)
-        what = f"is not a whole {'PixArt-Σ' if is_sigma(config) else 'PixArt'} in the {evidence.format} format"
-    if difference := compare_shapes(_expected(plan), _shapes(state)):
+            what = f"does not fit the model of its {'config' if found.kind == 'ours' else 'card'}"
+        else:  # with names that no PixArt has it is another network, which may be whole
+            kind = "PixArt-Σ" if is_sigma(plan.card.model) else "PixArt"
+            what = f"is not a {'' if held.keys() - expected else 'whole '}{kind} in the {plan.format} format"
         raise InputError(f"{found.name} {what}; {difference}")
     return plan
+
+
+def network_card(found: Found) -> ModelCard | None:
+    """The card that makes the network, with whatever modules: our own, or the one inside an official file. None where
+    the tensors tell it; diffusers' have a card beside them at most."""
+    return found.card or card_inside(found) if found.settings is None else None
+
+
+def _by_card(found: Found, card: ModelCard, state: dict[str, Tensor], overrides: dict[str, Any] | None) -> Plan:
+    check_fields(overrides or {})
+    check_floats(state, found.name)
+    config = build(PixArtConfig, overrides or {}, where="overrides.", start=card.model)
+    if found.kind == "ours":
+        return _plan("ours", with_own_parts(replace(card, model=config), found), state)
+    table = read_positions(state, "official", config.hidden_size, config.patch_size, found.name)
+    for name, value in table.items():
+        if getattr(config, name) != value:
+            who = "overrides say" if name in (overrides or {}) else "its card says"
+            raise contradiction(found.name, who, name, getattr(config, name), table)
+    return _plan("official", replace(card, model=config), state)
+
+
+def _by_tensors(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] | None) -> Plan:
+    evidence = examine(state, found.name)
+    card = found.card
+    if card is not None:
+        for name, value in evidence.fields.items():
+            if to_dict(getattr(card.model, name)) != to_dict(value):
+                raise contradiction(found.name, "its card says", name, getattr(card.model, name), evidence.fields)
+    told = settings_fields(found, evidence, overrides or {})
+    if card is not None:
+        if other := [name for name in told if name in _SETTLED and told[name] != getattr(card.model, name)]:
+            raise InputError(
+                f"{found.name}: its config.json says {other[0]} {told[other[0]]}, its card "
+                f"{getattr(card.model, other[0])}; one of the two was changed"
+            )
+        told = {field.name: getattr(card.model, field.name) for field in fields(PixArtConfig)}
+    config = complete(evidence, told, overrides, found.name)
+    card = with_own_parts(replace(card, model=config), found) if card else implied_card(config, evidence, found)
+    return _plan(evidence.format, card, state)
 
 
 def check_one_dtype(state: dict[str, Tensor], plan: Plan, source: str) -> None:
@@ -200,7 +224,7 @@ def card_inside(found: Found) -> ModelCard | None:
     if text is None:
         return None
     try:
-        return build(ModelCard, json.loads(text), place=f"{found.name}: ")
+        return build_written(ModelCard, json.loads(text), place=f"{found.name}: ")
     except (TypeError, ValueError) as error:
         raise InputError(f"{found.name}: its card cannot be read ({error})") from None
 

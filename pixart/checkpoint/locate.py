@@ -23,14 +23,15 @@ SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".index.json")
 
 @dataclass(frozen=True)
 class Found:
-    """A model's files. `settings` are diffusers' config.json, `pipeline` the diffusers folder around a transformer."""
+    """A model's files. `settings` are diffusers' config.json; `home` may hold its text encoder and VAE: our model's own
+    folder, or that of diffusers' pipeline around a transformer."""
 
     name: str  # what was asked for, for errors
     kind: Literal["ours", "foreign"]
     weights: Weights
     card: ModelCard | None = None
     settings: dict | None = None
-    pipeline: Path | None = None
+    home: Path | None = None
 
 
 def locate(source: str | Path, *, ema: bool = True, revision: str | None = None) -> Found:
@@ -59,7 +60,7 @@ def _in_file(path: Path, name: str, ema: bool) -> Found:
     beside = path.parent / CONFIG
     settings = read_json(beside) if beside.is_file() else {}
     if path.name == WEIGHTS and "model" in settings:
-        return Found(name, "ours", Weights((path,)), card=read_card(path.parent))
+        return Found(name, "ours", Weights((path,)), card=read_card(path.parent), home=path.parent)
     if settings.get("_class_name") in CLASSES:
         return _transformer(path.parent, name, path, ema)
     files = read_index(path) if path.name.endswith(".index.json") else (path,)
@@ -82,7 +83,7 @@ def _in_folder(folder: Path, name: str, ema: bool) -> Found:
     ours = [folder / WEIGHTS, folder / "ema" / WEIGHTS, folder / "model" / WEIGHTS]
     if (folder / "checkpoints").is_dir() or any(path.exists() for path in ours):
         model = find_model(folder, ema=ema)
-        return Found(name, "ours", Weights((model / WEIGHTS,)), card=read_card(model))
+        return Found(name, "ours", Weights((model / WEIGHTS,)), card=read_card(model), home=model)
     raise InputError(f"no model at {name}: {_what_else(folder)}")
 
 

@@ -1,7 +1,6 @@
 """A model in any format: ours, the authors' .pth, diffusers' transformer folder or its whole pipeline."""
 
 import json
-import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,18 +10,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixart.checkpoint.cards import implied_card
+from pixart.checkpoint.cards import TEXT, VAE, implied_card
 from pixart.checkpoint.detect import complete, examine, is_sigma
 from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
 from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
+from pixart.checkpoint.parts import check_parts, copy_text, copy_vae, describe_parts, local_parts, portable
 from pixart.checkpoint.weights import CARD_KEY, Weights
-from pixart.config import to_dict
+from pixart.config import differences
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.text import find_text_parts
-from pixart.encoders.vae import VaeConfig
-from pixart.encoders.vae_files import find_weights, read_settings
 from pixart.errors import InputError
 from pixart.files import write_file, write_folder
 from pixart.model.pixart import PixArt, PixArtConfig
@@ -38,14 +36,22 @@ IN_DIFFUSERS = {
 }  # fmt: skip
 
 
-def save(model: PixArt, card: ModelCard, target: str | Path, format: Format) -> None:
+def save(
+    model: PixArt, card: ModelCard, target: str | Path, format: Format, *, parts: bool = True
+) -> list[str]:  # fmt: skip
     """Write a model whole or not at all, its weights in the dtype that they have.
+
+    No card that is written names a place of this machine: see `parts.portable`.
 
     Args:
         target: a .pth file for "official", a folder for the others; must not be there.
-        format: "ours" (a folder with the card), "official" (the authors' .pth), "diffusers" (the transformer's folder;
-            the null caption, for which it has no place, in a side file), "diffusers-pipeline" (with the VAE and text
-            encoder that the card names, and a scheduler).
+        format: "ours" (a folder with the card, and the VAE and text encoder that are on this machine alone), "official"
+            (the authors' .pth), "diffusers" (the transformer's folder; the null caption, for which it has no place, in
+            a side file), "diffusers-pipeline" (with the VAE and text encoder that the card names, and a scheduler).
+        parts: False leaves VAE and text encoder out of "ours".
+
+    Returns:
+        what became of a VAE and text encoder that are on this machine alone, as lines.
 
     Raises:
         InputError: the target is there, or the format cannot express the model; says why.
@@ -65,14 +71,18 @@ def save(model: PixArt, card: ModelCard, target: str | Path, format: Format) -> 
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if why := refusal(card, format, has_null=has_null_caption(state)):
         raise InputError(f"{target}: {why}")
+    local = local_parts(card)
+    copied = local if format == "diffusers-pipeline" or (format == "ours" and parts) else {}
+    check_parts(copied)
     if format == "official":
-        write_file(target, lambda path: _write_official(path, state, model, card))
+        write_file(target, lambda path: _write_official(path, state, model, portable(card)))
     elif format == "ours":
-        write_folder(target, lambda folder: save_model(folder, state, card))
+        write_folder(target, lambda folder: _write_ours(folder, state, card, copied))
     elif format == "diffusers":
-        write_folder(target, lambda folder: _write_transformer(folder, state, card), manifest=False)
+        write_folder(target, lambda folder: _write_transformer(folder, state, portable(card)), manifest=False)
     else:
         write_folder(target, lambda folder: _write_pipeline(folder, state, card), manifest=False)
+    return describe_parts(local, copied=bool(copied))
 
 
 def has_null_caption(state: dict[str, Tensor]) -> bool:
@@ -119,6 +129,14 @@ def _unknown_to_diffusers(config: PixArtConfig) -> list[str]:
     return [words.get(name, name if value is True else f"{name} {value}") for name, value in values.items()]
 
 
+def _write_ours(folder: Path, state: dict[str, Tensor], card: ModelCard, parts: dict[str, str]) -> None:
+    save_model(folder, state, portable(card, copied=bool(parts)))
+    if TEXT in parts:
+        copy_text(card.text, folder / TEXT, folder / TEXT)
+    if VAE in parts:
+        copy_vae(card.vae.source, card.vae.scale, folder / VAE)
+
+
 def _write_official(path: Path, state: dict[str, Tensor], model: PixArt, card: ModelCard) -> None:
     """`state_dict` with the position table first, as the authors' files have it; a card where that would mislead."""
     side = card.model.latent_size // card.model.patch_size
@@ -126,14 +144,14 @@ def _write_official(path: Path, state: dict[str, Tensor], model: PixArt, card: M
     tensors = {"pos_embed": table, **{name: _own(tensor) for name, tensor in state.items()}}
     payload: dict = {"state_dict": tensors}
     if _is_misread(tensors, card):
-        payload[CARD_KEY] = json.dumps(to_dict(card))
+        payload[CARD_KEY] = json.dumps(differences(card))
     torch.save(payload, path)
 
 
 def _is_misread(tensors: dict[str, Tensor], card: ModelCard) -> bool:
-    """Whether the tensors alone would be taken for another model, as one of custom heads, VAE or prediction."""
-    evidence = examine(tensors, "the model")
+    """Whether the tensors alone would be refused or taken for another model: custom heads, modules, VAE, prediction."""
     try:
+        evidence = examine(tensors, "the model")
         config = complete(evidence, {}, None, "the model")
     except InputError:
         return True
@@ -172,7 +190,7 @@ def _write_transformer(folder: Path, state: dict[str, Tensor], card: ModelCard) 
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, settings)
-    _write_json(folder / SIDE_CARD, to_dict(card))
+    _write_json(folder / SIDE_CARD, differences(card))
     tensors = to_diffusers(state, c.depth, micro_conditions=c.micro_conditions)
     _write_tensors(folder / TRANSFORMER_FILES[0], tensors)
     if has_null_caption(state):
@@ -181,15 +199,10 @@ def _write_transformer(folder: Path, state: dict[str, Tensor], card: ModelCard) 
 
 def _write_pipeline(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
     """All that PixArtAlphaPipeline or PixArtSigmaPipeline is made of."""
-    vae = find_weights(card.vae.source, None)
-    scale = VaeConfig.from_diffusers(read_settings(vae.parent / CONFIG)).scaling_factor
-    if card.vae.scale is not None and abs(scale / card.vae.scale - 1) > 1e-6:
-        raise InputError(f"{vae}: scaling factor {scale}, the model's latents have {card.vae.scale}: another VAE")
-    _write_transformer(folder / "transformer", state, card)
-    (folder / "vae").mkdir()
-    shutil.copyfile(vae.parent / CONFIG, folder / "vae" / CONFIG)
-    shutil.copyfile(vae, folder / "vae" / f"{TRANSFORMER_FILES[0].partition('.')[0]}{vae.suffix}")
-    _write_text(folder, card)
+    copy_vae(card.vae.source, card.vae.scale, folder / VAE)
+    _check_text(card)
+    copy_text(card.text, folder / TEXT, folder / "tokenizer")
+    _write_transformer(folder / "transformer", state, portable(card, copied=True))
     (folder / "scheduler").mkdir()
     _write_json(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "DPMSolverMultistepScheduler", "_diffusers_version": "0.28.0", "algorithm_type": "dpmsolver++",
@@ -204,26 +217,21 @@ def _write_pipeline(folder: Path, state: dict[str, Tensor], card: ModelCard) -> 
     })  # fmt: skip
 
 
-def _write_text(folder: Path, card: ModelCard) -> None:
-    """Text encoder and tokenizer, from one folder or Hub repository, or from the two folders of a pipeline."""
+def _check_text(card: ModelCard) -> None:
+    """Refuse a text encoder that diffusers' pipelines do not take."""
     import transformers
 
-    source, tokenizer = find_text_parts(card.text.model)
+    source, _ = find_text_parts(card.text.model)
     try:
         shape = transformers.AutoConfig.from_pretrained(source)
-        if shape.model_type != "t5" or shape.d_model != card.model.caption_channels:
-            raise InputError(
-                f"text encoder '{source}': a {shape.model_type} of width {shape.hidden_size}; expected a t5 of width "
-                f"{card.model.caption_channels}, the only kind that diffusers' PixArt pipelines take"
-            )
-        transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "tokenizer")
-        encoder = transformers.T5EncoderModel.from_pretrained(source, dtype="auto")
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"text encoder '{source}' cannot be loaded: {reason}; give one with --text-encoder") from None
-    encoder.save_pretrained(folder / "text_encoder")
+    if shape.model_type != "t5" or shape.d_model != card.model.caption_channels:
+        raise InputError(
+            f"text encoder '{source}': a {shape.model_type} of width {shape.hidden_size}; expected a t5 of width "
+            f"{card.model.caption_channels}, the only kind that diffusers' PixArt pipelines take"
+        )
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -4,15 +4,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pixart.config import PATH
 from pixart.errors import InputError
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    folder: str  # or one file: a .json list, a .tar shard, a .parquet, one .txt of a SAM partition
+    # or one file: a .json list, a .tar shard, a .parquet, one .txt of a SAM partition
+    folder: str = field(metadata=PATH)
     # a feature store: `scripts/extract.py` makes it of `folder`, training then reads it and nothing of `folder`
-    features: str | None = None
-    mix: dict[str, float] = field(default_factory=dict)  # further stores → how often an epoch shows each, 1 is once
+    features: str | None = field(default=None, metadata=PATH)
+    # further stores → how often an epoch shows each, 1 is once
+    mix: dict[str, float] = field(default_factory=dict, metadata=PATH)
     format: str = "auto"  # a key of SOURCES; auto goes by the files that are there
     # caption field, or path of a .jsonl of scripts/caption.py → how often it is taken; empty is the first of text,
     # caption, captions, prompt that there is
@@ -20,7 +23,8 @@ class DataConfig:
     conditions: dict[str, str] = field(default_factory=dict)  # keyword of the network → array, see `pixart.data.arrays`
     targets: dict[str, str] = field(default_factory=dict)  # name for the objective → array
     draws: Literal["by_name", "in_order"] = "by_name"  # of random numbers; in_order is how runs before format 2 drew
-    images: str | None = None  # where the paths of an official list start; by the official rule if it is not told
+    # where the paths of an official list start; by the official rule if it is not told
+    images: str | None = field(default=None, metadata=PATH)
     prepare: Literal["openmoji"] | None = None  # make the folder's content, if it is not there yet
     resolution: int = 256  # side in pixels of the square bucket
     aspect_ratios: bool = False  # all of the table's buckets, not the square one alone

@@ -21,6 +21,7 @@ from pixart.data.openmoji import build_openmoji
 from pixart.data.samples import Batch, Captions, Drawing, ImageDataset, collate, encode_captions
 from pixart.data.sources import make_table, scan
 from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig
+from pixart.encoders.fingerprint import fingerprint
 from pixart.encoders.text import TextConfig, TextEncoder, encode_null, encoder_dtype
 from pixart.errors import InputError
 from pixart.seeds import derive_seed
@@ -80,6 +81,7 @@ class Data:
     null: Tensor | None  # the null caption, if it is not the model's own
     records: list[Record]  # the training images; none with feature stores
     fingerprint: str  # of the training samples' ids, in their order
+    text_weights: str | None  # fingerprint of the encoder that made the text states; None where nothing tells it
     places: list[Path]  # where some of it lies: if none of these is there any more, the data is gone
     report: str
 
@@ -101,7 +103,7 @@ def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencod
     texts = sorted({caption for record in records for caption in record.captions} | set(spec.prompts))
     cut = sum(count > spec.text.length for count in encoder.count_tokens(texts))
     captions = encode_captions(encoder, texts, dtype=getattr(torch, data.text_dtype))
-    null = encode_null(encoder)
+    null, text_weights = encode_null(encoder), fingerprint(encoder.model)
     encoder.close()
 
     report = [f"data {data.folder}:", found.describe(), *describe_split(spec, len(train), len(held_out))]
@@ -129,7 +131,7 @@ def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencod
     some = [record.picture for record in train[:: max(len(train) // 16, 1)]]
     places = [picture for picture in some if isinstance(picture, Path)] or [Path(data.folder)]
     ids = hash_ids([hashes[~held]])
-    return Data(part(train), part(held_out), captions, null, train, ids, places, "\n".join(report))
+    return Data(part(train), part(held_out), captions, null, train, ids, text_weights, places, "\n".join(report))
 
 
 def load_encoder(spec: DataSpec, accelerator: Accelerator) -> TextEncoder:

@@ -8,13 +8,14 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pixart.config import PATH
 from pixart.cpu import give_memory_back
 from pixart.encoders.caption_cleaning import clean_caption
 from pixart.errors import InputError, missing_extra
@@ -26,7 +27,7 @@ class TextConfig:
 
     # a folder with an encoder and its tokenizer, a pipeline folder of diffusers, a Hub id, or pip:PACKAGE for weights
     # inside an installed package
-    model: str = "DeepFloyd/t5-v1_1-xxl"
+    model: str = field(default="DeepFloyd/t5-v1_1-xxl", metadata=PATH)
     length: int = 120  # longest caption in tokens; longer ones are cut in training, refused in sampling
     clean: bool = True  # α's cleaning; Σ has none
     # the unconditional branch: "buffer" is the model's own null caption under the prompt's mask (α's authors), "empty"
@@ -77,6 +78,8 @@ class TextEncoder:
         if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise InputError(f"text encoder '{config.model}': its weights lack {some}; the files are not whole")
+        for name in report["missing_keys"]:  # the same encoder at every load, by its fingerprint too
+            model.get_parameter(name).detach().zero_()
         return cls(tokenizer, model if quantize else model.to(device), config)
 
     @property
@@ -216,6 +219,8 @@ def find_text_parts(name: str) -> tuple[str, str]:
     """Where encoder and tokenizer of a `TextConfig.model` are: together, but in a pipeline folder of diffusers."""
     source = find_text_model(name)
     folder = Path(source)
+    if (folder.is_absolute() or source.startswith(("./", "../"))) and not folder.exists():
+        raise InputError(f"text encoder '{name}': there is no such folder")
     if (folder / "text_encoder" / "config.json").is_file():
         folder = folder / "text_encoder"
     alone = folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "spiece.model"))

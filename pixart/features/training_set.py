@@ -38,7 +38,9 @@ def load_features(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoenc
     report += describe_split(spec, len(train), len(held_out))
     captions, null = prompt_states(spec, accelerator, stores[0])
     ids = hash_ids([store.hashes[~out] for store, out in zip(stores, held, strict=True)])
-    return Data(train, held_out, captions, null, [], ids, [store.folder for store in stores], "\n".join(report))
+    weights = None if stores[0].text_weights == UNKNOWN else stores[0].text_weights
+    places = [store.folder for store in stores]
+    return Data(train, held_out, captions, null, [], ids, weights, places, "\n".join(report))
 
 
 def open_features(folder: str, spec: DataSpec, autoencoder: Autoencoder) -> FeatureStore | OfficialFeatures:

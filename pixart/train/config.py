@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pixart.checkpoint.files import ModelCard
+from pixart.config import PATH
 from pixart.data.arrays import Extras
 from pixart.data.config import DataConfig
 from pixart.data.training_set import DataSpec
@@ -113,7 +114,8 @@ class TrainConfig:
     # files of one's own that register what the names below mean, see `pixart.extensions`; relative to the config's file
     extensions: tuple[str, ...] = ()
     accept_changed_extensions: bool = False  # go on with a run although one of them is not what it was
-    init_from: str | None = None  # weights a new run starts from: anything `load_model` takes, or a DiT
+    # weights a new run starts from: anything `load_model` takes, or a DiT
+    init_from: str | None = field(default=None, metadata=PATH)
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

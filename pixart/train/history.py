@@ -9,16 +9,50 @@ from typing import Any
 
 from pixart.config import dump_yaml
 from pixart.data.training_set import Data
+from pixart.errors import InputError
 from pixart.files import append_line, read_rows, write_file
 from pixart.train.config import TrainConfig
 from pixart.train.optimizer import learning_rate
 
 FILE, CONFIG = "history.jsonl", "config.yaml"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now
+ENCODERS = ("text.model", "vae.source")  # may lie elsewhere when a run goes on, if their weights are the same
 QUIET = ("output", "resume", "data.workers", "data.cache")  # change nothing that a run is
 
 
-def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data: Data, processes: int) -> list[str]:
+def read_encoders(run: Path) -> dict[str, str]:
+    """Fingerprints of the encoders that a run was last started with, by `ENCODERS`; none before this was kept."""
+    return next((row["encoders"] for row in reversed(list(read_rows(run / FILE))) if "encoders" in row), {})
+
+
+def check_encoders(run: Path, config: TrainConfig, changes: Changes, weights: Mapping[str, str]) -> list[str]:
+    """Compare the encoders' fingerprints with those of the run's start before, if it tells any.
+
+    Returns:
+        a line for each encoder whose place now holds other weights.
+
+    Raises:
+        InputError: an encoder was moved, and the one at its new place has other weights.
+    """
+    notes, before = [], read_encoders(run)
+    places = {"text.model": config.text.model, "vae.source": config.vae.source}
+    for key, place in places.items():
+        if key not in before or weights.get(key, before[key]) == before[key]:
+            continue
+        what = (
+            f"{key}: the weights at {place} are not those that {run} was trained with (fingerprint {before[key]} then, "
+            f"{weights[key]} now)"
+        )
+        if key in changes:
+            raise InputError(f"{what}; name those, wherever they are, or choose another output for a new run")
+        notes.append(f"warning: {what}; the run goes on with them, and {FILE} says so")
+    return notes
+
+
+def note_start(
+    run: Path, step: int, config: TrainConfig, changes: Changes, data: Data, processes: int,
+    encoders: Mapping[str, str],
+) -> list[str]:  # fmt: skip
     """Add a line for this start at `step`, and make its configuration the run's; the main process alone calls it.
 
     Returns:
@@ -36,7 +70,8 @@ def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data
         )
     row = {
         "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
-        "images": len(data.train), "samples": data.fingerprint, "changed": told,
+        "images": len(data.train), "samples": data.fingerprint, "encoders": dict(encoders),
+        "changed": told,
     }  # fmt: skip
     try:
         write_file(run / CONFIG, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))

@@ -16,7 +16,7 @@ from pixart.train.health import Window
 from pixart.train.log import Watch
 from pixart.train.optimizer import learning_rate
 from pixart.train.saving import Saver
-from pixart.train.setup import Session, start
+from pixart.train.setup import Session, resolve_run, start
 from pixart.train.signals import StopSignal
 from pixart.train.step import train_step
 from pixart.train.validate import draw_samples, validate
@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> RunResult:
             could not be applied, more than 1 % unreadable images, or a last save that failed, later.
         LostProcess: another process of the job ended or hangs.
     """
+    config = resolve_run(config)
     deterministic = torch.are_deterministic_algorithms_enabled()
     with StopSignal() as stop:
         try:

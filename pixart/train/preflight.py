@@ -21,6 +21,7 @@ from pixart.features.official import is_official
 from pixart.features.store import read_manifest
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
+from pixart.train.history import ENCODERS
 from pixart.train.optimizer import freeze
 
 
@@ -53,7 +54,8 @@ def check_sources(config: TrainConfig) -> None:
         try:
             look()
         except InputError as error:
-            missing.append(f"{key}: {error}")
+            hint = f"; give another with {key}=" if key in ENCODERS else ""
+            missing.append(f"{key}: {error}{hint}")
     if missing:
         several = f"{len(missing)} things are missing or wrong:\n  " if len(missing) > 1 else ""
         raise InputError(several + "\n  ".join(missing))

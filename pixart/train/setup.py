@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
-from pixart.config import dump_yaml, flatten, load_config, to_dict
-from pixart.data.training_set import Data, load_images, make_batches
+from pixart.config import dump_yaml, flatten, load_config, resolve_paths, to_dict
+from pixart.data.training_set import Data, load_encoder, load_images, make_batches
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
+from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
 from pixart.errors import InputError
 from pixart.extensions import FOLDER, Extension, load_extensions
 from pixart.features.training_set import load_features
@@ -25,7 +26,7 @@ from pixart.files import digest_file, write_file
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
-from pixart.train.history import CONFIG, Changes, note_start
+from pixart.train.history import CONFIG, ENCODERS, Changes, check_encoders, note_start, read_encoders
 from pixart.train.log import check_trackers, start_trackers
 from pixart.train.optimizer import freeze, make_optimizer
 from pixart.train.parts import Parts, count_parameters, make_objective
@@ -56,6 +57,12 @@ class Session:
     resumed: bool
 
 
+def resolve_run(config: TrainConfig) -> TrainConfig:
+    """A run's configuration with absolute paths, so that its models sample, and it goes on, from any directory."""
+    stored = Path(config.output) / CONFIG
+    return resolve_paths(config, load_config(TrainConfig, stored, run_code=False) if stored.exists() else None)
+
+
 def start(config: TrainConfig) -> Session:
     """Open or resume the run. What can be wrong shows here: cheap checks first, nothing is overwritten.
 
@@ -77,12 +84,14 @@ def start(config: TrainConfig) -> Session:
     else:
         data = load_images(spec, accelerator, autoencoder)
     accelerator.print(data.report)
+    encoders = fingerprint_encoders(config, data, autoencoder, accelerator, moved="text.model" in changes)
+    notes = check_encoders(run, config, changes, encoders)
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
-        notes = load_checkpoint(state, checkpoint)
+        notes += load_checkpoint(state, checkpoint)
         accelerator.print("\n".join([f"going on from {checkpoint}", *notes]))
     if accelerator.is_main_process:
-        for note in note_start(run, state.progress.step, config, changes, data, processes.count):
+        for note in note_start(run, state.progress.step, config, changes, data, processes.count, encoders):
             accelerator.print(note)
     batches, loader = make_batches(
         spec, data, accelerator, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
@@ -95,6 +104,19 @@ def start(config: TrainConfig) -> Session:
     )
     start_trackers(accelerator, config)
     return Session(run, data, state, loader, autoencoder, checkpoint is not None)
+
+
+def fingerprint_encoders(
+    config: TrainConfig, data: Data, autoencoder: Autoencoder, accelerator: Accelerator, *, moved: bool
+) -> dict[str, str]:
+    """Fingerprints by `ENCODERS`; with features, too, a text encoder that has `moved` is read: the card names it."""
+    text = data.text_weights
+    if moved and (config.data.features or config.data.mix):
+        encoder = load_encoder(config.data_spec, accelerator)
+        text = fingerprint(encoder.model)
+        encoder.close()
+    known = {"text.model": text, "vae.source": autoencoder_fingerprint(autoencoder)}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
@@ -146,15 +168,14 @@ def open_run(
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
         # through the dataclass: a key that came after the run began has its default there
-        before, now = flatten(to_dict(load_config(TrainConfig, stored, run_code=False))), flatten(to_dict(config))
+        stored_config = resolve_paths(load_config(TrainConfig, stored, run_code=False))
+        before, now = flatten(to_dict(stored_config)), flatten(to_dict(config))
         pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
         if checkpoint is not None:
             changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-        if other := [f"{key}: {was!r} → {is_!r}" for key, (was, is_) in changes.items() if not _is_free(key)]:
-            raise InputError(
-                f"{run} holds a run with another configuration ({'; '.join(other)}). Take the changes back to go on, "
-                f"or choose another output for a new run, which may start from this one's weights: init_from={run}"
-            )
+        known = read_encoders(run)  # these may move: their weights are compared once they are loaded
+        if other := {key: pair for key, pair in changes.items() if not _is_free(key) and key not in known}:
+            raise _another_configuration(run, other)
     if checkpoint is not None and not config.accept_changed_extensions:
         check_extensions(run, extensions)
     accelerator.wait_for_everyone()
@@ -172,6 +193,19 @@ def open_run(
     if problem := processes.gather(problem)[0]:
         raise InputError(f"output {run}: cannot be written ({problem}); choose another, or make room")
     return run, checkpoint, changes
+
+
+def _another_configuration(run: Path, other: Changes) -> InputError:
+    said = "; ".join(f"{key}: {was!r} → {now!r}" for key, (was, now) in other.items())
+    untold = [
+        f". It holds no fingerprint of its encoder, by which {key} may change: start it once from where that was"
+        for key in ENCODERS
+        if key in other
+    ]
+    return InputError(
+        f"{run} holds a run with another configuration ({said}). Take the changes back to go on, or choose another "
+        f"output for a new run, which may start from this one's weights: init_from={run}{''.join(untold)}"
+    )
 
 
 def check_extensions(run: Path, extensions: Sequence[Extension]) -> None:
