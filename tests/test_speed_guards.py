@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,7 +19,6 @@ from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder
 from pixart.inference.latents import sample_latents
 from pixart.model import PixArt, PixArtConfig
 from pixart.model.flops import forward_flops, training_flops
-from pixart.model.linear import Linear
 from pixart.train.ema import make_ema, update_ema
 from pixart.train.step import make_example
 from runs import build, settings
@@ -239,38 +237,6 @@ def test_blocks_compiled_by_inductor_give_the_same_numbers_and_gradients():
 
 
 # ----------------------------------------------------------------------------------------------------- the same numbers
-
-
-def test_our_linear_layer_is_torchs_with_all_its_derivatives():
-    torch.manual_seed(0)
-    layer, x = Linear(24, 40), torch.randn(3, 5, 24, requires_grad=True)
-    exact = torch.nn.Linear(24, 40).double()
-    exact.load_state_dict(layer.state_dict())
-    z = x.detach().double().requires_grad_()
-    assert relative(layer(x), exact(z)) <= 1e-6
-
-    def derivatives(layer, x):
-        first = torch.autograd.grad(layer(x).pow(3).sum(), (x, *layer.parameters()), create_graph=True)
-        return first, torch.autograd.grad(first[1].square().sum(), x)
-
-    for ours, theirs in zip(derivatives(layer, x), derivatives(exact, z), strict=True):
-        assert all(relative(a, b) <= 1e-5 for a, b in zip(ours, theirs, strict=True))
-    tangent = torch.randn_like(x)
-    _, ours = torch.func.jvp(layer, (x.detach(),), (tangent,))
-    assert relative(ours, F.linear(tangent, layer.weight)) <= 1e-6
-    _, of_weight = torch.func.jvp(
-        lambda weight, bias: torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x.detach(),)),
-        (layer.weight.detach(), layer.bias.detach()),
-        (torch.ones(40, 24), torch.full((40,), 2.0)),
-    )
-    assert relative(of_weight, x.detach().sum(-1, keepdim=True).expand(3, 5, 40) + 2) <= 1e-5
-
-
-def test_our_linear_layer_keeps_to_autocast_and_other_dtypes():
-    layer, x = Linear(24, 40), torch.randn(3, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert layer.double()(x.double()).dtype == torch.float64
 
 
 def test_bf16_is_as_near_to_fp32_as_in_diffusers():
