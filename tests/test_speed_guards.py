@@ -12,6 +12,7 @@ from pixart.benchmark.measure import count_flops
 from pixart.benchmark.networks import call_diffusers, network_in_diffusers
 from pixart.benchmark.training import random_batch
 from pixart.checkpoint import ModelCard
+from pixart.cpu import use_onednn
 from pixart.data.buckets import bucket_table
 from pixart.diffusion.objective import Denoising
 from pixart.diffusion.sampling import SampleConfig
@@ -25,6 +26,18 @@ from runs import build, settings
 from toy import TINY, relative, tiny_inputs, tiny_model
 
 GUIDED = SampleConfig(sampler="dpm_solver", steps=6, guidance=4.5)
+
+
+def with_torch(model: PixArt) -> PixArt:
+    return model
+
+
+def with_onednn(model: PixArt) -> PixArt:
+    use_onednn(model)
+    return model
+
+
+both_products = pytest.mark.parametrize("multiply", [with_torch, with_onednn])
 
 
 def captions_of(model: PixArt, *lengths: int) -> list[torch.Tensor]:
@@ -54,8 +67,9 @@ def train_settings(tmp_path, **changes):
 # ------------------------------------------------------------------------------------------------------ no work twice
 
 
-def test_a_forward_on_the_cpu_does_the_flops_of_the_formula():
-    model = tiny_model()
+@both_products
+def test_a_forward_on_the_cpu_does_the_flops_of_the_formula(multiply):
+    model = multiply(tiny_model())
     with torch.no_grad():
         found = count_flops(lambda: model(**tiny_inputs(model)))
     assert found == forward_flops(model.config, 8, 8, 5, batch=2)
@@ -79,9 +93,10 @@ def test_outside_the_guidance_interval_half_the_work_is_done_and_the_captions_ar
     assert found == 3 * 2 * step + 3 * step + 2 * caption  # times 999, 832.5 and 666 lie above 500
 
 
-def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(tmp_path):
+@both_products
+def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(tmp_path, multiply):
     config = train_settings(tmp_path)
-    model, batch = PixArt(config.model), random_batch(config)
+    model, batch = multiply(PixArt(config.model)), random_batch(config)
     ema = make_ema(model)
 
     def step():
@@ -166,12 +181,12 @@ def no_break_and_no_recompilation():
 
 def test_the_network_is_one_graph():
     torch._dynamo.reset()
-    model = tiny_model(qk_norm=True, kv_compression="conv", kv_blocks=(1,))
+    model = with_onednn(tiny_model(qk_norm=True, kv_compression="conv", kv_blocks=(1,)))
     assert torch._dynamo.explain(model)(**tiny_inputs(model)).graph_break_count == 0
 
 
 def test_compiled_blocks_are_compiled_once_for_all_steps_of_a_sampling_call():
-    model = tiny_model().eval()
+    model = with_onednn(tiny_model()).eval()
     captions = captions_of(model, 5, 3)
     expected = draw(model, captions)
     with no_break_and_no_recompilation():
@@ -182,7 +197,7 @@ def test_compiled_blocks_are_compiled_once_for_all_steps_of_a_sampling_call():
 
 def test_compiled_blocks_are_compiled_once_for_all_steps_of_training(tmp_path):
     config = train_settings(tmp_path)
-    model = PixArt(config.model)
+    model = with_onednn(PixArt(config.model))
     batch = random_batch(config)
     with no_break_and_no_recompilation():
         model.compile_blocks(backend="aot_eager", dynamic=False)
@@ -221,7 +236,7 @@ def test_compiled_blocks_take_whatever_sampling_brings():
 
 @pytest.mark.slow
 def test_blocks_compiled_by_inductor_give_the_same_numbers_and_gradients():
-    model, twin = tiny_model(), tiny_model()
+    model, twin = tiny_model(), with_onednn(tiny_model())
     inputs = tiny_inputs(model)
     with no_break_and_no_recompilation():
         twin.compile_blocks(dynamic=False)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pixart.cpu import keep_freed_memory
 from pixart.errors import InputError
 
 STEPS = 40
+COMMAND = (sys.executable, "-m", "pixart.benchmark.beside")
 SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what says how threads wait
 
 
@@ -47,7 +49,7 @@ def _trainings(settings: Settings, count: int, waiting: str) -> Callable[[], Cal
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     if waiting == "sleeping":
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
-    command = [sys.executable, "-m", "pixart.benchmark.beside", json.dumps([STEPS, asdict(settings)])]
+    command = [*COMMAND, json.dumps([STEPS, asdict(settings)])]
 
     def make() -> Call:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -55,23 +57,29 @@ def _trainings(settings: Settings, count: int, waiting: str) -> Callable[[], Cal
 
         def call() -> None:
             for training in trainings:
-                training.stdin.write("go\n")
-            for training in trainings:
-                if training.stdout.readline() != "done\n":
-                    raise InputError("case beside: a training ended early; what it said stands above")
+                with suppress(BrokenPipeError):  # one that ended does not answer, either
+                    training.stdin.write("go\n")
+            _await(trainings, "done")
 
         weakref.finalize(call, _end, trainings)
-        for training in trainings:
-            if training.stdout.readline() != "ready\n":
-                raise InputError("case beside: a training could not start; what it said stands above")
+        _await(trainings, "ready")
         return call
 
     return make
 
 
+def _await(trainings: list[subprocess.Popen], word: str) -> None:
+    for training in trainings:
+        if training.stdout.readline() != f"{word}\n":
+            raise InputError(f"case beside: a training ended before it was {word}; what it said stands above")
+
+
 def _end(trainings: list[subprocess.Popen]) -> None:
     for training in trainings:
-        training.communicate()  # it ends when its input does
+        with suppress(BrokenPipeError):
+            training.stdin.close()  # with its input it ends
+        training.stdout.close()
+        training.wait()
 
 
 def main(order: str) -> None:

@@ -39,7 +39,8 @@ def note_start(run: Path, state: TrainState, config: TrainConfig, changes: Chang
         )
     row = {
         "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": state.processes.count,
-        "onednn": uses_onednn(state.parts.network), "images": len(data.train), "samples": data.fingerprint, "changed": told,
+        "onednn": uses_onednn(state.parts.network), "images": len(data.train), "samples": data.fingerprint,
+        "changed": told,
     }  # fmt: skip
     try:
         write_file(run / CONFIG, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))
