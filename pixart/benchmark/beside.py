@@ -19,13 +19,13 @@ from pixart.benchmark.training import train_case
 from pixart.cpu import keep_freed_memory
 from pixart.errors import InputError
 
-STEPS = 40
+STEPS = 10
 COMMAND = (sys.executable, "-m", "pixart.benchmark.beside")
 SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what says how threads wait
 
 
 def beside_case(settings: Settings) -> Case:
-    """Forty steps of the case "train" alone and beside a second training, which does the same; with threads that sleep
+    """Ten steps of the case "train" alone and beside a second training, which does the same; with threads that sleep
     while they wait, as commands have them, and with threads that spin, as OpenMP has them unasked.
 
     Raises:
