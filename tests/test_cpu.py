@@ -19,10 +19,9 @@ from pixart import cli, cpu
 from pixart.cpu import use_onednn, uses_onednn
 from pixart.evaluate.retrieval import Retrieval
 from pixart.model import PixArt, PixArtConfig
-from pixart.train.distributed import whole_model
+from pixart.train.distributed import shard, whole_model
 from pixart.train.finish import finish
 from pixart.train.loop import train
-from pixart.train.setup import start
 from runs import ROOT, build, command, make_pictures, settings, write
 from toy import relative, tiny_inputs, tiny_model
 
@@ -231,14 +230,20 @@ def test_the_score_at_the_end_of_a_run_is_taken_with_the_runs_product(base, monk
 
 
 @needs_both
-def test_a_sharded_network_put_together_again_keeps_the_product(base):
-    session = start(build(base, train__parallel="fsdp"), onednn=True)
+def test_a_sharded_network_multiplies_by_onednn_and_so_does_its_copy_put_together_again():
+    model, inputs = tiny_model(), tiny_inputs(tiny_model())
+    layers = use_onednn(model)
+    expected = model(**inputs)
     try:
-        parts = session.state.parts
-        assert uses_onednn(parts.network) and uses_onednn(parts.average)
-        assert uses_onednn(whole_model(parts.average, main=True))
+        shard(model, torch.device("cpu"))
+        found = products(lambda: model(**inputs))
+        assert found.count("mkldnn::_linear_pointwise") == layers
+        assert torch.equal(model(**inputs), expected)
+        together = whole_model(model, main=True)
     finally:
         torch.distributed.destroy_process_group()
+    assert torch.equal(together(**inputs), expected)
+    assert use_onednn(together) == 0 and uses_onednn(together)
 
 
 @needs_both

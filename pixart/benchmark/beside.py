@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from pixart.benchmark.measure import Call, Case, Settings
@@ -53,7 +54,9 @@ def _trainings(settings: Settings, count: int, waiting: str) -> Callable[[], Cal
 
     def make() -> Call:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        trainings = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+        # a session of their own: who interrupts this process does not interrupt them, too; _end does
+        start = partial(subprocess.Popen, command, env=environment, start_new_session=True, **pipes)
+        trainings = [start() for _ in range(count)]
 
         def call() -> None:
             for training in trainings:
@@ -76,10 +79,11 @@ def _await(trainings: list[subprocess.Popen], word: str) -> None:
 
 def _end(trainings: list[subprocess.Popen]) -> None:
     for training in trainings:
-        with suppress(BrokenPipeError):
-            training.stdin.close()  # with its input it ends
-        training.stdout.close()
+        training.terminate()
         training.wait()
+        training.stdout.close()
+        with suppress(BrokenPipeError):
+            training.stdin.close()
 
 
 def main(order: str) -> None:
