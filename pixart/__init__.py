@@ -12,10 +12,12 @@ _PLACES = {
     "SampleConfig": "pixart.diffusion.sampling",
     "keep_freed_memory": "pixart.cpu",
     "load_model": "pixart.checkpoint.load",
+    "use_onednn": "pixart.cpu",
 }
 
 __all__ = [
     "PRESETS", "InputError", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "keep_freed_memory", "load_model",
+    "use_onednn",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the scripts share: errors as one line, prompts from files, sizes at their ends, shares of work."""
+"""What the commands share: errors as one line, prompts from files, sizes at their ends, shares of work."""
 
 import os
 import re
@@ -12,6 +12,9 @@ import yaml
 
 from pixart.cpu import keep_freed_memory
 from pixart.errors import InputError, LostProcess
+
+EXTENSION = "a file of one's own that registers what the model is made of; may be given several times"
+NO_ONEDNN = "on a CPU in fp32: torch's own matrix product, as from Python, which is nearer to the authors' numbers"
 
 
 def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:

@@ -2,17 +2,20 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from pixart import cli
+from pixart.benchmark import beside
 from pixart.benchmark.cases import CASES
 from pixart.benchmark.measure import Case, Result, Settings, count_flops, largest_batch, measure
 from pixart.benchmark.networks import call_diffusers, native, network_in_diffusers, network_inputs, random_network
 from pixart.benchmark.report import compare, table, write_json
 from pixart.benchmark.run import _fits, run
+from pixart.cpu import use_onednn
 from pixart.errors import InputError
 from pixart.model.flops import forward_flops
 from runs import ROOT, run_script
@@ -89,6 +92,70 @@ def test_every_case_runs_every_program(name):
         assert result.median > 0
         assert result.flops > 0 or result.bytes > 0
         assert result.program in table(found)
+
+
+def test_ours_is_as_commands_have_it_and_ours_torch_as_python_does():
+    programs = CASES["forward"](replace(SMALL, programs=("ours", "ours-torch"))).programs
+    model = random_network(SMALL, native(SMALL)).eval()
+    with torch.no_grad():
+        plain = model(**network_inputs(model, SMALL))
+        use_onednn(model)
+        onednn = model(**network_inputs(model, SMALL))
+    assert torch.equal(programs["ours-torch"]()(), plain)
+    assert torch.equal(programs["ours"]()(), onednn)
+
+
+@pytest.mark.slow
+def test_ours_trains_with_both_products():
+    settings = replace(SMALL, programs=("ours", "ours-torch"))
+    found = {result.program: result for result in measure(CASES["train"](settings), settings)}
+    assert found["ours"].flops == found["ours-torch"].flops > 0
+
+
+STAND_IN = """
+import os, sys, time
+def note(text):
+    with open("log.txt", "a") as log:
+        print(text, file=log)
+print("ready", flush=True)
+for _ in sys.stdin:
+    note(os.environ.get("OMP_WAIT_POLICY"))
+    time.sleep(0.5)
+    note("end")
+    print("done", flush=True)
+"""
+
+
+def test_trainings_beside_each_other_work_at_the_same_time_and_wait_as_they_should(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(beside, "COMMAND", (sys.executable, "-c", STAND_IN))
+    found = {}
+    for name, make in CASES["beside"](SMALL).programs.items():
+        make()()
+        found[name] = (tmp_path / "log.txt").read_text().split()
+        (tmp_path / "log.txt").unlink()
+    assert found == {
+        "alone, sleeping": ["PASSIVE", "end"], "beside another, sleeping": ["PASSIVE", "PASSIVE", "end", "end"],
+        "alone, spinning": ["None", "end"], "beside another, spinning": ["None", "None", "end", "end"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "match"), [("", "before it was ready"), ("print('ready')", "before it was done")])
+def test_a_training_that_ends_ends_the_case(monkeypatch, body, match):
+    monkeypatch.setattr(beside, "COMMAND", (sys.executable, "-c", body))
+    with pytest.raises(InputError, match=match):
+        measure(CASES["beside"](SMALL), SMALL)
+
+
+@pytest.mark.slow
+def test_two_trainings_run_beside_each_other(tmp_path, monkeypatch):
+    (tmp_path / "x.yaml").write_text(LATENTS)
+    monkeypatch.setattr(beside, "STEPS", 2)
+    settings = replace(SMALL, config=str(tmp_path / "x.yaml"), batch=3, memory=True)
+    settings = replace(settings, programs=("beside another, sleeping",))
+    text = run(["beside"], settings)
+    assert f"2 steps of {tmp_path / 'x.yaml'}" in text.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -13,6 +12,7 @@ from pixart.benchmark.measure import count_flops
 from pixart.benchmark.networks import call_diffusers, network_in_diffusers
 from pixart.benchmark.training import random_batch
 from pixart.checkpoint import ModelCard
+from pixart.cpu import use_onednn
 from pixart.data.buckets import bucket_table
 from pixart.diffusion.objective import Denoising
 from pixart.diffusion.sampling import SampleConfig
@@ -20,13 +20,24 @@ from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder
 from pixart.inference.latents import sample_latents
 from pixart.model import PixArt, PixArtConfig
 from pixart.model.flops import forward_flops, training_flops
-from pixart.model.linear import Linear
 from pixart.train.ema import make_ema, update_ema
 from pixart.train.step import make_example
 from runs import build, settings
 from toy import TINY, relative, tiny_inputs, tiny_model
 
 GUIDED = SampleConfig(sampler="dpm_solver", steps=6, guidance=4.5)
+
+
+def with_torch(model: PixArt) -> PixArt:
+    return model
+
+
+def with_onednn(model: PixArt) -> PixArt:
+    use_onednn(model)
+    return model
+
+
+both_products = pytest.mark.parametrize("multiply", [with_torch, with_onednn])
 
 
 def captions_of(model: PixArt, *lengths: int) -> list[torch.Tensor]:
@@ -56,8 +67,9 @@ def train_settings(tmp_path, **changes):
 # ------------------------------------------------------------------------------------------------------ no work twice
 
 
-def test_a_forward_on_the_cpu_does_the_flops_of_the_formula():
-    model = tiny_model()
+@both_products
+def test_a_forward_on_the_cpu_does_the_flops_of_the_formula(multiply):
+    model = multiply(tiny_model())
     with torch.no_grad():
         found = count_flops(lambda: model(**tiny_inputs(model)))
     assert found == forward_flops(model.config, 8, 8, 5, batch=2)
@@ -81,9 +93,10 @@ def test_outside_the_guidance_interval_half_the_work_is_done_and_the_captions_ar
     assert found == 3 * 2 * step + 3 * step + 2 * caption  # times 999, 832.5 and 666 lie above 500
 
 
-def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(tmp_path):
+@both_products
+def test_a_training_step_is_three_forwards_but_for_the_gradients_of_the_inputs(tmp_path, multiply):
     config = train_settings(tmp_path)
-    model, batch = PixArt(config.model), random_batch(config)
+    model, batch = multiply(PixArt(config.model)), random_batch(config)
     ema = make_ema(model)
 
     def step():
@@ -168,12 +181,12 @@ def no_break_and_no_recompilation():
 
 def test_the_network_is_one_graph():
     torch._dynamo.reset()
-    model = tiny_model(qk_norm=True, kv_compression="conv", kv_blocks=(1,))
+    model = with_onednn(tiny_model(qk_norm=True, kv_compression="conv", kv_blocks=(1,)))
     assert torch._dynamo.explain(model)(**tiny_inputs(model)).graph_break_count == 0
 
 
 def test_compiled_blocks_are_compiled_once_for_all_steps_of_a_sampling_call():
-    model = tiny_model().eval()
+    model = with_onednn(tiny_model()).eval()
     captions = captions_of(model, 5, 3)
     expected = draw(model, captions)
     with no_break_and_no_recompilation():
@@ -184,7 +197,7 @@ def test_compiled_blocks_are_compiled_once_for_all_steps_of_a_sampling_call():
 
 def test_compiled_blocks_are_compiled_once_for_all_steps_of_training(tmp_path):
     config = train_settings(tmp_path)
-    model = PixArt(config.model)
+    model = with_onednn(PixArt(config.model))
     batch = random_batch(config)
     with no_break_and_no_recompilation():
         model.compile_blocks(backend="aot_eager", dynamic=False)
@@ -223,7 +236,7 @@ def test_compiled_blocks_take_whatever_sampling_brings():
 
 @pytest.mark.slow
 def test_blocks_compiled_by_inductor_give_the_same_numbers_and_gradients():
-    model, twin = tiny_model(), tiny_model()
+    model, twin = tiny_model(), with_onednn(tiny_model())
     inputs = tiny_inputs(model)
     with no_break_and_no_recompilation():
         twin.compile_blocks(dynamic=False)
@@ -239,38 +252,6 @@ def test_blocks_compiled_by_inductor_give_the_same_numbers_and_gradients():
 
 
 # ----------------------------------------------------------------------------------------------------- the same numbers
-
-
-def test_our_linear_layer_is_torchs_with_all_its_derivatives():
-    torch.manual_seed(0)
-    layer, x = Linear(24, 40), torch.randn(3, 5, 24, requires_grad=True)
-    exact = torch.nn.Linear(24, 40).double()
-    exact.load_state_dict(layer.state_dict())
-    z = x.detach().double().requires_grad_()
-    assert relative(layer(x), exact(z)) <= 1e-6
-
-    def derivatives(layer, x):
-        first = torch.autograd.grad(layer(x).pow(3).sum(), (x, *layer.parameters()), create_graph=True)
-        return first, torch.autograd.grad(first[1].square().sum(), x)
-
-    for ours, theirs in zip(derivatives(layer, x), derivatives(exact, z), strict=True):
-        assert all(relative(a, b) <= 1e-5 for a, b in zip(ours, theirs, strict=True))
-    tangent = torch.randn_like(x)
-    _, ours = torch.func.jvp(layer, (x.detach(),), (tangent,))
-    assert relative(ours, F.linear(tangent, layer.weight)) <= 1e-6
-    _, of_weight = torch.func.jvp(
-        lambda weight, bias: torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x.detach(),)),
-        (layer.weight.detach(), layer.bias.detach()),
-        (torch.ones(40, 24), torch.full((40,), 2.0)),
-    )
-    assert relative(of_weight, x.detach().sum(-1, keepdim=True).expand(3, 5, 40) + 2) <= 1e-5
-
-
-def test_our_linear_layer_keeps_to_autocast_and_other_dtypes():
-    layer, x = Linear(24, 40), torch.randn(3, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert layer.double()(x.double()).dtype == torch.float64
 
 
 def test_bf16_is_as_near_to_fp32_as_in_diffusers():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pixart.benchmark.attention import attention_case, cross_case
+from pixart.benchmark.beside import beside_case
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import (
     PIXELS,
@@ -139,6 +140,7 @@ CASES: dict[str, Callable[[Settings], Case]] = {
     "cross": cross_case,
     "optimizer": optimizer_case,
     "train": train_case,
+    "beside": beside_case,
     "sample": sample_case,
     "lcm": lcm_case,
     "decode": decode_case,

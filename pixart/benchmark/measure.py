@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from pixart.cpu import use_onednn
 from pixart.errors import InputError
-from pixart.model.linear import Linear
 
 Call = Callable[[], object]
 # programs that torch compiled, and the eager ones whose work they do
@@ -84,6 +85,7 @@ class Case:
     note: str = ""
     same_work: dict[str, str] = field(default_factory=dict)  # programs whose FLOPs torch can't count: those of another
     dtype: torch.dtype | None = None  # that it computes in, where that is not the settings'
+    memory: bool = True  # whether a program's peak is that of a process that makes its calls
     keep: Any = None  # what must live as long as the case, such as a temporary folder
 
     def choose(self, names: tuple[str, ...]) -> "Case":
@@ -170,7 +172,7 @@ def count_flops(call: Call) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which knows neither the product that our linear layers take on a CPU nor, up to torch 2.14, the
+    """torch's counter, which knows neither oneDNN's product of linear layers (`use_onednn`) nor, up to torch 2.14, the
     CPU's attention."""
     own = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -204,8 +206,9 @@ def matrix_products(settings: Settings, dtype: torch.dtype | None = None) -> dic
 
     products = {f"torch.mm, {side}³": by(lambda: torch.mm(a, a))}
     if not settings.cuda:
-        layer = Linear(side, side, bias=False, dtype=dtype)
-        products[f"our Linear, {side}³"] = by(lambda: layer(a))
+        layer = nn.Linear(side, side, bias=False, dtype=dtype)
+        use_onednn(layer)
+        products[f"oneDNN, {side}³"] = by(lambda: layer(a))
     for call, _ in products.values():
         timed(call, settings)
     return products

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pixart.benchmark.measure import Call, Settings
 from pixart.checkpoint.keys import to_diffusers
+from pixart.cpu import use_onednn
 from pixart.encoders.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 from pixart.errors import missing_extra
 from pixart.model import PixArt, PixArtConfig
@@ -76,15 +77,15 @@ def network_in_diffusers(model: PixArt, *, fused: bool = False, mode: str | None
     return network
 
 
-def compiled_twin(model: PixArt, what: Literal["blocks", "graph"] = "blocks") -> PixArt:
-    """A second model around the same tensors, its blocks compiled, or the whole into a CUDA graph; the first stays as
-    it is."""
+def twin_of(model: PixArt, compiled: Literal["blocks", "graph"] | None = None) -> PixArt:
+    """A second model around the same tensors, with torch's products; its blocks compiled, or the whole into a CUDA
+    graph; the first stays as it is."""
     with torch.device("meta"):
         twin = PixArt(replace(model.config, caption_length=len(model.y_embedder.y_embedding)))
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
-    if what == "blocks":
+    if compiled == "blocks":
         twin.compile_blocks(dynamic=False)
-    else:
+    elif compiled == "graph":
         twin.compile(mode="reduce-overhead", dynamic=False, fullgraph=True)
     return twin.train(model.training).requires_grad_(True)
 
@@ -92,16 +93,20 @@ def compiled_twin(model: PixArt, what: Literal["blocks", "graph"] = "blocks") ->
 def network_programs(
     settings: Settings, model: PixArt, ours: Callable[[PixArt], Call], theirs: Callable[..., Call]
 ) -> dict[str, Callable[[], Call]]:
-    """Programs of `ours(network)` and `theirs(fused, mode)`; compiled ones on CUDA, or where they are asked for."""
+    """Programs of `ours(network)`, as commands have it, and `theirs(fused, mode)`; compiled ones on CUDA, or where they
+    are asked for, as "ours-torch" with torch's own products must be."""
+    use_onednn(model)
 
     def wanted(name: str) -> bool:
         return settings.cuda or name in settings.programs
 
     programs: dict[str, Callable[[], Call]] = {"ours": lambda: ours(model)}
+    if "ours-torch" in settings.programs:
+        programs["ours-torch"] = lambda: ours(twin_of(model))
     if wanted("ours-compiled"):
-        programs["ours-compiled"] = lambda: ours(compiled_twin(model))
+        programs["ours-compiled"] = lambda: ours(twin_of(model, "blocks"))
     if wanted("ours-reduce-overhead"):
-        programs["ours-reduce-overhead"] = lambda: ours(compiled_twin(model, "graph"))
+        programs["ours-reduce-overhead"] = lambda: ours(twin_of(model, "graph"))
     if diffusers_or_none() is not None:
         programs.update({"diffusers": theirs, "diffusers-fused": lambda: theirs(fused=True)})
         chosen = {name: mode for name, mode in MODES.items() if wanted(name)}

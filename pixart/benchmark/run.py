@@ -46,10 +46,12 @@ def run(
     results: list[Result] = []
     for name in names:
         chosen = _sized(name, settings)
-        found = measure(CASES[name](chosen).choose(settings.programs), chosen)
+        case = CASES[name](chosen).choose(settings.programs)
+        found, memory = measure(case, chosen), settings.memory and case.memory
         results += found
+        case = None
         free()
-        for result in found if settings.memory else []:
+        for result in found if memory else []:
             if not result.failed:
                 _add_memory(result, chosen)
     text = table(results)

@@ -81,13 +81,16 @@ def train_case(settings: Settings) -> Case:
         raise InputError(f"case train, {settings.config}: expected train.mixed_precision bf16 or no, got fp16")
     batch = random_batch(config).to(settings.device)
 
-    def ours(compiled: bool = False) -> Call:
+    def ours(compiled: bool = False, onednn: bool = True) -> Call:
         chosen = replace(config, train=replace(config.train, compile=compiled))
         accelerator = make_accelerator(chosen, cpu=not settings.cuda)
-        state = build_state(chosen, accelerator, Processes(accelerator, chosen.train.timeout), None, fresh=True)
+        processes = Processes(accelerator, chosen.train.timeout)
+        state = build_state(chosen, accelerator, processes, None, fresh=True, onednn=onednn)
         return lambda: train_step(state, [batch], IdentityAutoencoder(), chosen)
 
     programs: dict[str, Callable[[], Call]] = {"ours": ours}
+    if "ours-torch" in settings.programs:
+        programs["ours-torch"] = lambda: ours(onednn=False)
     if settings.cuda or "ours-compiled" in settings.programs:
         programs["ours-compiled"] = lambda: ours(compiled=True)
     if diffusers_or_none() is not None and not (config.model.kv_blocks or config.model.qk_norm):

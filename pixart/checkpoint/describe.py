@@ -1,6 +1,7 @@
 """What a source holds, in words: variant, size, dtypes, null caption, positions, and what would be refused."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pixart.checkpoint.load import Plan, check_one_dtype, make_plan, network_car
 from pixart.checkpoint.locate import Found, locate
 from pixart.checkpoint.save import FORMATS, refusal
 from pixart.errors import InputError
+from pixart.extensions import load_extensions
 from pixart.model.pixart import PRESETS, PixArtConfig
 
 # fields of PixArtConfig that `_facts` has lines for; it lists all others that are not as by default
@@ -23,13 +25,15 @@ _HAVE_LINES = {
 
 
 def describe(
-    source: str | Path, *, ema: bool = True, overrides: dict[str, Any] | None = None, revision: str | None = None
-) -> str:
+    source: str | Path, *, ema: bool = True, overrides: dict[str, Any] | None = None, revision: str | None = None,
+    extensions: Iterable[str | Path] = (),
+) -> str:  # fmt: skip
     """Lines of text about a model; all weights are read once, for NaNs.
 
     Raises:
         InputError: nothing there, or no PixArt at all. What else would be refused is a line of the text.
     """
+    load_extensions(extensions)
     found = locate(source, ema=ema, revision=revision)
     state = found.weights.read()
     refused = []

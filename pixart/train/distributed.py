@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pixart.cpu import use_onednn, uses_onednn
 from pixart.errors import InputError, LostProcess
 from pixart.model.pixart import PixArt
 
@@ -183,6 +184,8 @@ def whole_model(model: PixArt, *, main: bool) -> PixArt | None:
     with torch.device("meta"):
         copy = PixArt(model.config)
     copy.load_state_dict(tensors, assign=True)
+    if uses_onednn(model):
+        use_onednn(copy)
     return copy.eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 import os
 
 from pixart.cli import find_device
+from pixart.cpu import use_onednn
 from pixart.data.openmoji import ATTRIBUTION
 from pixart.evaluate.retrieval import retrieval
 from pixart.inference.pipeline import Pipeline
@@ -19,6 +20,8 @@ def finish(config: TrainConfig, result: RunResult) -> str:
     prompt = [*config.prompts, *captions, "a prompt"][0]
     if config.evaluate.retrieval:
         pipeline = Pipeline.from_pretrained(result.run, device=find_device())
+        if result.onednn:
+            use_onednn(pipeline.model)
         credit = ATTRIBUTION if config.data.prepare == "openmoji" else ""
         score = retrieval(pipeline, result.data.records, result.run, config.sample, seed=config.seed, credit=credit)
         lines += [f"picture: {score.sheet} (training image above, sample below; a red caption is a miss)", str(score)]

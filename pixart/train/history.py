@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pixart.config import dump_yaml
+from pixart.cpu import uses_onednn
 from pixart.data.training_set import Data
 from pixart.errors import InputError
 from pixart.files import append_line, read_rows, write_file
 from pixart.train.config import TrainConfig
 from pixart.train.optimizer import learning_rate
+from pixart.train.state import TrainState
 
 FILE, CONFIG = "history.jsonl", "config.yaml"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now
@@ -50,14 +52,14 @@ def check_encoders(run: Path, config: TrainConfig, changes: Changes, weights: Ma
 
 
 def note_start(
-    run: Path, step: int, config: TrainConfig, changes: Changes, data: Data, processes: int,
-    encoders: Mapping[str, str],
-) -> list[str]:  # fmt: skip
-    """Add a line for this start at `step`, and make its configuration the run's; the main process alone calls it.
+    run: Path, state: TrainState, config: TrainConfig, changes: Changes, data: Data, encoders: Mapping[str, str]
+) -> list[str]:
+    """Add a line for this start, and make its configuration the run's; the main process alone calls it.
 
     Returns:
         what its user should know of changes, a line each.
     """
+    step = state.progress.step
     told = {key: pair for key, pair in changes.items() if key not in QUIET}
     notes = [f"changed: {key} {before!r} → {now!r}" for key, (before, now) in told.items()]
     if "train.steps" in changes and config.optimizer.schedule != "constant":
@@ -69,8 +71,9 @@ def note_start(
             f"{len(data.train)} now); the run goes on with them, and {FILE} says so"
         )
     row = {
-        "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
-        "images": len(data.train), "samples": data.fingerprint, "encoders": dict(encoders),
+        "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": state.processes.count,
+        "onednn": uses_onednn(state.parts.network), "images": len(data.train), "samples": data.fingerprint,
+        "encoders": dict(encoders),
         "changed": told,
     }  # fmt: skip
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pixart.cpu import uses_onednn
 from pixart.data.images import check_unreadable
 from pixart.data.samples import Batch
 from pixart.data.training_set import Data, move_ahead
@@ -28,10 +29,13 @@ class RunResult:
     step: int
     finished: bool  # False when a signal ended it early; the same command goes on
     data: Data
+    onednn: bool  # whether the network's products were oneDNN's
 
 
-def train(config: TrainConfig) -> RunResult:
+def train(config: TrainConfig, *, onednn: bool = False) -> RunResult:
     """Train as configured, going on from the newest good checkpoint in the run's folder if there is one.
+
+    With `onednn` the network takes oneDNN's product on a CPU, as commands have it (see `pixart.cpu.use_onednn`).
 
     Raises:
         InputError: anything wrong with the configuration or the data, before the first step; ten steps in a row that
@@ -42,7 +46,7 @@ def train(config: TrainConfig) -> RunResult:
     deterministic = torch.are_deterministic_algorithms_enabled()
     with StopSignal() as stop:
         try:
-            return _run(start(config), config, stop)
+            return _run(start(config, onednn=onednn), config, stop)
         except RuntimeError as error:
             if lost := lost_process(error, config.train.timeout):
                 raise lost from error
@@ -109,7 +113,7 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
         )
     if progress.step < steps:
         state.accelerator.print(f"stopped by a signal and saved at step {progress.step}; the same command goes on")
-    return RunResult(run, progress.step, progress.step >= steps, session.data)
+    return RunResult(run, progress.step, progress.step >= steps, session.data, uses_onednn(state.parts.network))
 
 
 def _save_last(saver: Saver, session: Session, watch: Watch, config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
 from pixart.config import dump_yaml, flatten, load_config, resolve_paths, to_dict
+from pixart.cpu import use_onednn
 from pixart.data.training_set import Data, load_encoder, load_images, make_batches
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
@@ -63,8 +64,10 @@ def resolve_run(config: TrainConfig) -> TrainConfig:
     return resolve_paths(config, load_config(TrainConfig, stored, run_code=False) if stored.exists() else None)
 
 
-def start(config: TrainConfig) -> Session:
+def start(config: TrainConfig, *, onednn: bool = False) -> Session:
     """Open or resume the run. What can be wrong shows here: cheap checks first, nothing is overwritten.
+
+    `onednn` as in `build_state`.
 
     Raises:
         InputError: anything wrong with the configuration, the data or the run's folder.
@@ -86,12 +89,12 @@ def start(config: TrainConfig) -> Session:
     accelerator.print(data.report)
     encoders = fingerprint_encoders(config, data, autoencoder, accelerator, moved="text.model" in changes)
     notes = check_encoders(run, config, changes, encoders)
-    state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None)
+    state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None, onednn=onednn)
     if checkpoint is not None:
         notes += load_checkpoint(state, checkpoint)
         accelerator.print("\n".join([f"going on from {checkpoint}", *notes]))
     if accelerator.is_main_process:
-        for note in note_start(run, state.progress.step, config, changes, data, processes.count, encoders):
+        for note in note_start(run, state, config, changes, data, encoders):
             accelerator.print(note)
     batches, loader = make_batches(
         spec, data, accelerator, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
@@ -247,9 +250,11 @@ def check_shapes(config: TrainConfig) -> None:
 
 
 def build_state(
-    config: TrainConfig, accelerator: Accelerator, processes: Processes, null: Tensor | None, *, fresh: bool
-) -> TrainState:
-    """Model, EMA and optimizer at step 0, the same in every process; a `fresh` run starts as `init_from` says."""
+    config: TrainConfig, accelerator: Accelerator, processes: Processes, null: Tensor | None, *, fresh: bool,
+    onednn: bool = False,
+) -> TrainState:  # fmt: skip
+    """Model, EMA and optimizer at step 0, the same in every process; a `fresh` run starts as `init_from` says, and
+    `onednn` has all of them multiply by oneDNN on a CPU."""
     torch.manual_seed(config.seed)
     model = PixArt(config.model)
     if fresh and config.init_from is not None:
@@ -259,6 +264,8 @@ def build_state(
         model.y_embedder.y_embedding[: len(null)] = null.float()
     model.to(accelerator.device)
     objective = make_objective(config.objective, config.diffusion, model, config.seed).to(accelerator.device)
+    for module in (model, objective) if onednn else ():
+        use_onednn(module)
     parts = Parts.of(model, objective)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     if config.train.compile:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pixart.checkpoint.files import WEIGHTS, compare_shapes
 from pixart.config import to_dict
+from pixart.cpu import BOTH_LIBRARIES, uses_onednn
 from pixart.diffusion.objective import Example
 from pixart.errors import InputError
 from pixart.train.config import TrainConfig
@@ -121,6 +122,7 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
         "rng": _rng_state(),
         "config": to_dict(config),
         "processes": state.processes.count,
+        "onednn": uses_onednn(state.parts.network),
         **_provenance(),
     }
     staging.finish()
@@ -157,8 +159,19 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
     if state.accelerator.scaler is not None and record["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(record["scaler"])
     _restore_rng(record["rng"])
+    notes = []
     now = f"{state.processes.count} × {'fsdp' if is_sharded(state.parts.network) else 'ddp'}"
-    return [f"written by {written_by}, goes on with {now}"] if now != written_by else []
+    if now != written_by:
+        notes.append(f"written by {written_by}, goes on with {now}")
+    products, onednn = ("torch's", "oneDNN's"), uses_onednn(state.parts.network)
+    # before it was a choice, every CPU that could took it
+    before = record.get("onednn", BOTH_LIBRARIES and state.accelerator.device.type == "cpu")
+    if onednn != before:
+        notes.append(
+            f"written with {products[before]} matrix product, goes on with {products[onednn]}: equal to rounding, not "
+            "bit for bit"
+        )
+    return notes
 
 
 @torch.no_grad()
