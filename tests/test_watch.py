@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -158,6 +159,15 @@ def test_a_stopped_run_says_so_and_its_continuation_replaces_that(base, monkeypa
     summary = read(run, "summary.json")
     assert (summary["finished"], summary["step"]) == (True, 6)
     assert summary["gpu_hours"] > before
+
+
+def test_training_runs_in_any_thread_and_leaves_signals_alone_outside_the_main_one(base):
+    before, found = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: found.append(train(build(base))))
+    thread.start()
+    thread.join()
+    assert found and found[0].finished
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_failed_run_says_why_and_no_summary_of_an_earlier_start_stays(base, monkeypatch):
