@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 
@@ -74,8 +76,21 @@ def replace_json(path: Path, values: dict) -> None:
         OSError: the disk is full or not writable; the old file is as it was.
     """
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    part.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON as its standard has it (RFC 8259), which knows neither NaN nor infinity: null stands for them."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def append_line(path: Path, line: str) -> None:

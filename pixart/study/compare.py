@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 
-from pixart.config import flatten, load_config, to_dict
+from pixart.config import flatten, to_dict
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.model.flops import forward_flops
 from pixart.study.plots import name_runs
 from pixart.train.config import TrainConfig
-from pixart.train.history import FILE, QUIET
-from pixart.train.report import METRICS, last_and_best, last_value
+from pixart.train.history import CONFIG, FILE, QUIET, read_run_config
+from pixart.train.report import METRICS, is_number, last_and_best, last_value
 
 # keys in which runs differ without being other experiments
 ALSO_QUIET = (*QUIET, "prompts", "train.trackers", "train.timeout", "train.keep")
-OF_PICTURES = ("seed", "data.", "vae.", "text.", "model.in_channels")  # what validation is done on
+OF_PICTURES = ("data.", "vae.", "text.", "model.in_channels")  # what validation is done on
 COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
            "validation_error", "its best, at step")  # fmt: skip
 
@@ -45,7 +45,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
             "compare validation_error"
         )
     other = [key for key in differing if key.startswith(OF_PICTURES)]
-    if len({_samples(Path(run)) for run in runs}) > 1:
+    if len({_held_out(Path(run)) for run in runs}) > 1:
         other.append("the fingerprints in history.jsonl")
     if other:
         lines.append(
@@ -56,14 +56,15 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 
 
 def _config(run: Path) -> TrainConfig:
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG).is_file():
         raise InputError(f"{run}: there is no config.yaml in it; expected a run's folder")
-    return load_config(TrainConfig, run / "config.yaml", run_code=False)
+    return read_run_config(run)
 
 
-def _samples(run: Path) -> str | None:
-    """The fingerprint of what a run was trained on last."""
-    return last_value(list(read_rows(run / FILE)), "samples")
+def _held_out(run: Path) -> str | None:
+    """The fingerprint of what a run was validated on last; in runs of earlier versions, of what it was trained on."""
+    rows = list(read_rows(run / FILE))
+    return last_value(rows, "held_out") or last_value(rows, "samples")
 
 
 def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return f"{value:.4g}" if is_number(value) else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pixart.errors import InputError, missing_extra
 from pixart.files import read_rows
-from pixart.train.report import METRICS
+from pixart.train.report import METRICS, is_number
 
 PANELS = {
     "loss": "training loss", "validation_loss": "validation loss",
@@ -71,13 +71,15 @@ def read_curves(run: Path, x: str = "step") -> dict[str, Curve]:
     if not path.is_file():
         raise InputError(f"{run}: there is no {METRICS} in it; expected a run's folder")
     rows = list(read_rows(path))
-    known = [(row["step"], row[x]) for row in rows if x in row]
+    known = [(row["step"], row[x]) for row in rows if is_number(row.get(x))]
     curves: dict[str, Curve] = {}
     if rows and not known:
         raise InputError(f"{path}: no row has '{x}'; take another axis, as step")
     found = np.interp([row["step"] for row in rows], *zip(*known, strict=True)).tolist() if known else []
     for row, place in zip(rows, found, strict=True):
         for key in PANELS.keys() & row.keys():
+            if not is_number(row[key]):
+                continue
             places, values = curves.setdefault(key, ([], []))
             places.append(place)
             values.append(float(row[key]))

@@ -41,7 +41,8 @@ def train(config: TrainConfig) -> RunResult:
     deterministic = torch.are_deterministic_algorithms_enabled()
     with StopSignal() as stop:
         try:
-            return _run(start(config), config, stop)
+            session = start(config)
+            return _run(session, session.config, stop)
         except RuntimeError as error:
             if lost := lost_process(error, config.train.timeout):
                 raise lost from error

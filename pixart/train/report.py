@@ -56,15 +56,20 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
     }
 
 
+def is_number(value: Any) -> bool:
+    """Whether a metric has a finite value: null stands for one that had none, NaN did in older files."""
+    return value is not None and math.isfinite(value)
+
+
 def last_value(rows: Sequence[dict], name: str) -> Any:
-    """The last row's that has it; None where none has."""
+    """The last row's that has it, None if it was not finite there; None where none has."""
     return next((row[name] for row in reversed(rows) if name in row), None)
 
 
 def last_and_best(rows: Sequence[dict], name: str) -> dict[str, float | int | None]:
-    """A metric's last value, its lowest finite one, and that one's step; None where it was not logged."""
-    found = [(row[name], row["step"]) for row in rows if name in row]
-    best, step = min(((value, step) for value, step in found if math.isfinite(value)), default=(None, None))
+    """A metric's last value, its lowest, and that one's step; None where it was not logged or is not finite."""
+    found = [(row[name], row["step"]) for row in rows if is_number(row.get(name))]
+    best, step = min(found, default=(None, None))
     return {name: last_value(rows, name), f"best_{name}": best, f"best_{name}_step": step}
 
 

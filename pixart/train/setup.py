@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
-from pixart.config import dump_yaml, flatten, load_config, to_dict
+from pixart.config import dump_yaml, flatten, to_dict
 from pixart.data.training_set import Data, load_images, make_batches
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.errors import InputError
@@ -25,7 +25,7 @@ from pixart.files import digest_file, write_file
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
-from pixart.train.history import CONFIG, Changes, note_start
+from pixart.train.history import CONFIG, Changes, note_start, read_run_config, settle_split
 from pixart.train.log import check_trackers, start_trackers
 from pixart.train.optimizer import freeze, make_optimizer
 from pixart.train.parts import Parts, count_parameters, make_objective
@@ -40,7 +40,7 @@ FREE_TO_CHANGE = {
     "train.compile", "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every",
     "train.save_every", "train.keep", "train.trackers", "train.peak_tflops", "train.parallel", "train.timeout",
     "train.on_save_error", "train.deterministic", "optimizer.skip_above", "data.workers", "data.cache", "data.folder",
-    "data.features",
+    "data.features", "data.validation_folder", "data.validation_features",
 }  # fmt: skip
 
 
@@ -48,6 +48,7 @@ FREE_TO_CHANGE = {
 class Session:
     """A run that is ready for its next step."""
 
+    config: TrainConfig  # as it holds for this run
     run: Path
     data: Data
     state: TrainState
@@ -63,6 +64,7 @@ def start(config: TrainConfig) -> Session:
         InputError: anything wrong with the configuration, the data or the run's folder.
     """
     extensions = load_extensions(config.extensions)
+    config, notes = settle_split(config)
     check_shapes(config)
     if config.train.parallel == "fsdp":
         check_sharded(config.optimizer.name, config.train.mixed_precision)
@@ -76,7 +78,7 @@ def start(config: TrainConfig) -> Session:
         data = load_features(spec, accelerator, autoencoder)
     else:
         data = load_images(spec, accelerator, autoencoder)
-    accelerator.print(data.report)
+    accelerator.print("\n".join([*notes, data.report]))
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None)
     if checkpoint is not None:
         notes = load_checkpoint(state, checkpoint)
@@ -94,7 +96,7 @@ def start(config: TrainConfig) -> Session:
         f"{processes.count} × {accelerator.device.type}{' (fsdp)' * (config.train.parallel == 'fsdp')}; output {run}"
     )
     start_trackers(accelerator, config)
-    return Session(run, data, state, loader, autoencoder, checkpoint is not None)
+    return Session(config, run, data, state, loader, autoencoder, checkpoint is not None)
 
 
 def make_accelerator(config: TrainConfig, *, cpu: bool = False) -> Accelerator:
@@ -146,7 +148,7 @@ def open_run(
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
         # through the dataclass: a key that came after the run began has its default there
-        before, now = flatten(to_dict(load_config(TrainConfig, stored, run_code=False))), flatten(to_dict(config))
+        before, now = flatten(to_dict(read_run_config(run))), flatten(to_dict(config))
         pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
         if checkpoint is not None:
             changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
