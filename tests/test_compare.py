@@ -36,6 +36,8 @@ def test_the_table_has_what_the_runs_logged_and_names_what_differs(runs):
         assert row["loss"] == f"{[r['loss'] for r in logged if 'loss' in r][-1]:.4g}"
         assert row["validation_error"] == f"{errors[6]:.4g}"
         assert row["its best, at step"] == f"{errors[best]:.4g}, {best}"
+        for ratio in ("0.25", "1", "4", "16"):
+            assert row[f"at {ratio}"] == f"{[r for r in logged if r['step'] == 6][-1][f'validation_error_{ratio}']:.4g}"
     assert float(table["a"]["GFLOP"]) < float(table["b"]["GFLOP"])
     assert [row for row in rows[4:] if row[0].startswith(("model", "diffusion"))] == [
         ["model.depth", "2", "3"], ["diffusion.weighting", '"uniform"', '"velocity"'],

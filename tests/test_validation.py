@@ -11,11 +11,12 @@ import pixart.train.loop as loop_module
 from features import make_store
 from pixart.data.samples import collate
 from pixart.diffusion import DiffusionConfig, make_schedule
-from pixart.diffusion.denoising_error import RATIOS, denoising_errors
+from pixart.diffusion.denoising_error import RATIOS, denoising_errors, mean_error
 from pixart.diffusion.losses import prediction_target
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.train.loop import train
+from pixart.train.report import read_metrics
 from pixart.train.setup import start
 from pixart.train.validate import validate
 from runs import build, make_pictures, settings
@@ -52,6 +53,23 @@ def test_a_denoiser_that_knows_only_the_variance_errs_by_1_whatever_it_predicts(
     assert torch.allclose(errors.mean(1), torch.ones(len(RATIOS)), atol=0.02)
 
 
+def test_the_one_number_is_the_geometric_mean_which_no_ratio_dominates():
+    assert mean_error([1.0, 4.0]) == pytest.approx(2)
+    assert mean_error([0.01, 1.0, 1.0, 1.0]) / mean_error([1.0, 1.0, 1.0, 100.0]) == pytest.approx(0.1)
+    assert mean_error([0.0, 1.0]) == 0
+    assert math.isnan(mean_error([math.nan, 1.0, 0.0]))
+    assert mean_error([math.inf, 1.0]) == math.inf
+
+
+def test_a_mean_of_an_earlier_version_is_read_as_the_geometric_one(tmp_path):
+    errors = {"validation_error_0.25": 8.0, "validation_error_1": 2.0}
+    rows = [{"step": 1, "validation_error": 5.0, **errors}, {"step": 2, "validation_error": 4.0, **errors},
+            {"step": 3, "validation_error": None, **errors, "validation_error_1": None}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["validation_error"] for row in read_metrics(tmp_path)] == [pytest.approx(4), pytest.approx(4), None]
+    assert read_metrics(tmp_path / "none") == []
+
+
 def test_runs_of_any_prediction_are_validated_alike(base):
     # a new network says 0: the same clean picture, if it is asked for that, whatever noise it was to be drawn from
     found = {}
@@ -67,6 +85,8 @@ def test_runs_of_any_prediction_are_validated_alike(base):
         for ratio in RATIOS:
             expected = (1 + ratio**-2) * batch.pixels.square().mean().item()
             assert found[i][f"validation_error_{ratio:g}"] == pytest.approx(expected, rel=1e-5)
+        product = math.prod(found[i][f"validation_error_{ratio:g}"] for ratio in RATIOS)
+        assert found[i]["validation_error"] == pytest.approx(product ** (1 / len(RATIOS)), rel=1e-6)
     assert found[0]["validation_error"] == pytest.approx(found[1]["validation_error"], rel=1e-6)
     assert found[0]["validation_error"] == pytest.approx(found[2]["validation_error"], rel=1e-6)
     assert found[0]["validation_loss"] != found[2]["validation_loss"]
