@@ -12,7 +12,7 @@ from pixart.contact_sheet import contact_sheet
 from pixart.data.images import Record, load_image
 from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
-from pixart.files import replace_json
+from pixart.files import write_json
 from pixart.inference.pipeline import Pipeline
 
 
@@ -57,7 +57,7 @@ def retrieval(
     result = Retrieval(sum(hits) / len(hits), len(hits), path)
     missed = {captions[i]: captions[nearest[i]] for i, hit in enumerate(hits) if not hit}
     record = {"top1": result.top1, "count": result.count, "seed": seed, "missed": missed}
-    replace_json(folder / "retrieval.json", record)
+    write_json(folder / "retrieval.json", record)
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pixart.checkpoint.files import checkpoints
 from pixart.config import dump_yaml, load_config
 from pixart.data.training_set import Data
-from pixart.files import append_line, read_rows, to_json, write_file
+from pixart.files import append_rows, read_rows, write_text
 from pixart.train.config import TrainConfig
 from pixart.train.optimizer import learning_rate
 
@@ -74,8 +74,8 @@ def note_start(run: Path, step: int, config: TrainConfig, changes: Changes, data
                 f"now); the run goes on with them, and {FILE} says so"
             )
     try:
-        write_file(run / CONFIG, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))
-        append_line(run / FILE, to_json(row))
+        write_text(run / CONFIG, dump_yaml(config))
+        append_rows(run / FILE, [row])
     except OSError as error:
         notes.append(f"warning: {CONFIG} or {FILE} in {run} could not be written ({error}); training goes on")
     return notes

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from pixart.config import dump_yaml
 from pixart.diffusion.denoising_error import mean_error
 from pixart.errors import InputError
 from pixart.files import read_rows
+from pixart.provenance import versions
 from pixart.train.config import TrainConfig
 from pixart.train.state import Progress
 
@@ -54,7 +53,7 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
         "skipped": progress.skipped,
         "unreadable": len(progress.unreadable),
         "config_sha256": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -91,13 +90,3 @@ def last_and_best(rows: Sequence[dict], name: str) -> dict[str, float | int | No
     found = [(row[name], row["step"]) for row in rows if is_number(row.get(name))]
     best, step = min(found, default=(None, None))
     return {name: last_value(rows, name), f"best_{name}": best, f"best_{name}_step": step}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("pixart", "torch", "accelerate", "transformers", "timm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # pixart itself may run from its folder
-            found[package] = None
-    return found

@@ -21,7 +21,7 @@ from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.errors import InputError
 from pixart.extensions import FOLDER, Extension, load_extensions
 from pixart.features.training_set import load_features
-from pixart.files import digest_file, write_file
+from pixart.files import digest_file, write_file, write_text
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
@@ -167,7 +167,7 @@ def open_run(
             remove_partial(run)
             # a run that goes on keeps its configuration until it does; writing it shows whether the disk takes it
             text = dump_yaml(config) if checkpoint is None else stored.read_text(encoding="utf-8")
-            write_file(stored, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(stored, text)
             keep_extensions(run, extensions)
         except OSError as error:
             problem = str(error)
