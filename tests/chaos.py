@@ -26,6 +26,7 @@ from pixart import cli
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.config import load_config
 from pixart.errors import InputError
+from pixart.files import read_rows
 from pixart.train.config import TrainConfig
 
 PATIENCE = 300  # seconds for a start, or for the end of processes whose companion was killed
@@ -184,8 +185,7 @@ def _compare_samples(whole: Path, killed: Path, processes: int) -> tuple[int, in
 
 def read_samples(run: Path, rank: int) -> list[dict]:
     """What `note_samples` wrote, less a line that a kill tore."""
-    lines = (run / f"samples-{rank}.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return list(read_rows(run / f"samples-{rank}.jsonl"))
 
 
 def note_samples(run: Path, rank: int) -> None:

@@ -183,14 +183,6 @@ def test_a_torn_last_line_is_repaired_and_what_is_done_is_skipped(model, picture
     assert {row["id"]: row["llava"] for row in rows(path)} == whole
 
 
-def test_a_torn_line_longer_than_a_block_and_one_alone_are_cut(tmp_path):
-    for before in (b"", b'{"id": "a"}\n', b"x\n" * 50_000):
-        for torn in (b"", b"y" * 10, b"y" * 200_000):
-            (tmp_path / "c").write_bytes(before + torn)
-            captioner._cut_torn_line(tmp_path / "c")
-            assert (tmp_path / "c").read_bytes() == before
-
-
 @pytest.mark.slow
 def test_a_killed_process_loses_at_most_its_batch_and_the_same_command_goes_on(model, pictures, whole, tmp_path):
     path = tmp_path / "c.jsonl"

@@ -36,6 +36,8 @@ def test_the_table_has_what_the_runs_logged_and_names_what_differs(runs):
         assert row["loss"] == f"{[r['loss'] for r in logged if 'loss' in r][-1]:.4g}"
         assert row["validation_error"] == f"{errors[6]:.4g}"
         assert row["its best, at step"] == f"{errors[best]:.4g}, {best}"
+        for ratio in ("0.25", "1", "4", "16"):
+            assert row[f"at {ratio}"] == f"{[r for r in logged if r['step'] == 6][-1][f'validation_error_{ratio}']:.4g}"
     assert float(table["a"]["GFLOP"]) < float(table["b"]["GFLOP"])
     assert [row for row in rows[4:] if row[0].startswith(("model", "diffusion"))] == [
         ["model.depth", "2", "3"], ["diffusion.weighting", '"uniform"', '"velocity"'],
@@ -54,8 +56,19 @@ def test_runs_on_other_pictures_are_said_to_be(runs, tmp_path):
     assert "captions in each of these runs (data.flip differ)" in compare_runs([runs[0], other])
     (other / "config.yaml").write_text(text)
     history = (other / "history.jsonl").read_text()
-    (other / "history.jsonl").write_text(history.replace('"samples": "', '"samples": "x'))
+    (other / "history.jsonl").write_text(history.replace('"held_out": "', '"held_out": "x'))
     assert "runs (the fingerprints in history.jsonl differ)" in compare_runs([runs[0], other])
+
+
+def test_runs_of_two_seeds_are_validated_on_the_same_images_unless_they_began_when_seed_decided_it(runs, tmp_path):
+    other = tmp_path / "c"
+    shutil.copytree(runs[0], other)
+    text = (other / "config.yaml").read_text()
+    assert "split_seed: 0" in text
+    (other / "config.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1"))
+    assert "other pictures" not in compare_runs([runs[0], other])
+    (other / "config.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1").replace("  split_seed: 0\n", ""))
+    assert "captions in each of these runs (data.split_seed differ)" in compare_runs([runs[0], other])
 
 
 def test_one_run_and_equal_runs_have_no_table_of_differences(runs):

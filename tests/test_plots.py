@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pixart.errors import InputError
-from pixart.study.plots import name_runs, plot_runs, read_curves, smooth
+from pixart.study.plots import draw_curves, name_runs, plot_runs, read_curves, smooth
 from runs import run_script, settings, write
 
 
@@ -54,6 +54,26 @@ def test_the_x_axis_is_interpolated_where_a_row_has_no_place(tmp_path):
         read_curves(make_run(tmp_path / "b", [{"step": 1, "loss": 1.0}]), "images")
     with pytest.raises(InputError, match="x: got 'time', expected one of step, images, gpu_hours"):
         plot_runs([run], tmp_path / "p.png", x="time")
+
+
+def test_errors_are_drawn_at_every_ratio_and_their_geometric_mean_whatever_mean_was_logged(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"step": step, "validation_error": 9.0, "validation_error_0.25": 0.5, "validation_error_16": 2.0}
+            for step in (10, 20)]  # fmt: skip
+    rows.append({"step": 30, "validation_error": None, "validation_error_0.25": None, "validation_error_16": 3.0})
+    run = make_run(tmp_path / "a", rows)
+    assert read_curves(run) == {
+        "validation_error": ([10, 20], [pytest.approx(1)] * 2),
+        "validation_error_0.25": ([10, 20], [0.5, 0.5]),
+        "validation_error_16": ([10, 20, 30], [2.0, 2.0, 3.0]),
+    }
+    figure = draw_curves({"a": read_curves(run)})
+    lines = [axis.get_lines() for axis in figure.axes if "every ratio" in axis.get_title(loc="left")]
+    assert [line.get_ydata().tolist() for line in lines[0]] == [[0.5, 0.5], [2.0, 2.0, 3.0]]
+    assert len({line.get_linestyle() for line in lines[0]}) == 2
+    assert [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().texts] == [
+        "0.25", "16",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("log_x", [False, True])

@@ -442,11 +442,11 @@ def test_prompts_that_the_store_lacks_are_encoded_by_its_own_encoder_only(base, 
 def test_the_same_samples_are_held_out_of_a_store_and_of_its_pictures(base, store):
     config = build(base, data__validation=0.4)
     opened = FeatureStore(store)
-    held = choose_held_out(opened.hashes, config.data_spec)
+    (held,) = choose_held_out([opened.hashes], config.data_spec)
     ids = np.array([derive_seed(record.id) for record in scan(config.data, config.data_spec.table).records])
-    assert (held == choose_held_out(ids, config.data_spec)).all()
+    assert (held == choose_held_out([ids], config.data_spec)[0]).all()
     shares = np.array([derive_seed(f"{i}.png") for i in range(100_000)])
-    assert abs(choose_held_out(shares, config.data_spec).mean() - 0.4) < 5 * (0.24 / 100_000) ** 0.5
+    assert abs(choose_held_out([shares], config.data_spec)[0].mean() - 0.4) < 5 * (0.24 / 100_000) ** 0.5
 
 
 def test_stores_are_mixed_by_their_repeats(base, store, tmp_path):

@@ -1,12 +1,23 @@
 """Validation: a number by which runs can be compared that were trained in different ways."""
 
+import json
+import math
+import re
+
 import pytest
 import torch
+import yaml
 
+import pixart.train.loop as loop_module
+from features import make_store
 from pixart.data.samples import collate
 from pixart.diffusion import DiffusionConfig, make_schedule
-from pixart.diffusion.denoising_error import RATIOS, denoising_errors
+from pixart.diffusion.denoising_error import RATIOS, denoising_errors, mean_error
 from pixart.diffusion.losses import prediction_target
+from pixart.errors import InputError
+from pixart.files import read_rows
+from pixart.train.loop import train
+from pixart.train.report import read_metrics
 from pixart.train.setup import start
 from pixart.train.validate import validate
 from runs import build, make_pictures, settings
@@ -43,6 +54,23 @@ def test_a_denoiser_that_knows_only_the_variance_errs_by_1_whatever_it_predicts(
     assert torch.allclose(errors.mean(1), torch.ones(len(RATIOS)), atol=0.02)
 
 
+def test_the_one_number_is_the_geometric_mean_which_no_ratio_dominates():
+    assert mean_error([1.0, 4.0]) == pytest.approx(2)
+    assert mean_error([0.01, 1.0, 1.0, 1.0]) / mean_error([1.0, 1.0, 1.0, 100.0]) == pytest.approx(0.1)
+    assert mean_error([0.0, 1.0]) == 0
+    assert math.isnan(mean_error([math.nan, 1.0, 0.0]))
+    assert mean_error([math.inf, 1.0]) == math.inf
+
+
+def test_a_mean_of_an_earlier_version_is_read_as_the_geometric_one(tmp_path):
+    errors = {"validation_error_0.25": 8.0, "validation_error_1": 2.0}
+    rows = [{"step": 1, "validation_error": 5.0, **errors}, {"step": 2, "validation_error": 4.0, **errors},
+            {"step": 3, "validation_error": None, **errors, "validation_error_1": None}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["validation_error"] for row in read_metrics(tmp_path)] == [pytest.approx(4), pytest.approx(4), None]
+    assert read_metrics(tmp_path / "none") == []
+
+
 def test_runs_of_any_prediction_are_validated_alike(base):
     # a new network says 0: the same clean picture, if it is asked for that, whatever noise it was to be drawn from
     found = {}
@@ -58,6 +86,8 @@ def test_runs_of_any_prediction_are_validated_alike(base):
         for ratio in RATIOS:
             expected = (1 + ratio**-2) * batch.pixels.square().mean().item()
             assert found[i][f"validation_error_{ratio:g}"] == pytest.approx(expected, rel=1e-5)
+        product = math.prod(found[i][f"validation_error_{ratio:g}"] for ratio in RATIOS)
+        assert found[i]["validation_error"] == pytest.approx(product ** (1 / len(RATIOS)), rel=1e-6)
     assert found[0]["validation_error"] == pytest.approx(found[1]["validation_error"], rel=1e-6)
     assert found[0]["validation_error"] == pytest.approx(found[2]["validation_error"], rel=1e-6)
     assert found[0]["validation_loss"] != found[2]["validation_loss"]
@@ -72,3 +102,123 @@ def test_a_network_that_says_zero_for_the_velocity_is_validated_by_hand(base):
         sigma = ratio / (1 + ratio)
         error = (sigma * (batch.noise - batch.pixels)).square().mean().item()
         assert found[f"validation_error_{ratio:g}"] == pytest.approx((1 + ratio**-2) * error, rel=1e-5)
+
+
+def held_out(session) -> dict:
+    """Everything that validation takes of the held-out images."""
+    part = session.data.held_out
+    samples = [part.dataset[-1, i] for i in range(len(part))]
+    return {sample["id"]: (sample["time"], sample["noise"].tolist()) for sample in samples}
+
+
+def test_runs_of_any_seed_are_validated_on_the_same_images_under_the_same_noise(base):
+    first, second = (
+        start(build(base, output=f"{base['output']}{seed}", seed=seed, data__validation=0.4)) for seed in (1, 2)
+    )
+    assert held_out(first) == held_out(second)
+    assert first.data.fingerprint == second.data.fingerprint
+    assert first.data.train.dataset[0, 0]["time"] != second.data.train.dataset[0, 0]["time"]
+    other = start(build(base, output=f"{base['output']}3", data__validation=0.4, data__split_seed=1))
+    assert held_out(other) != held_out(first)
+
+
+def test_a_run_begun_before_the_split_had_a_seed_keeps_the_split_of_its_seed(base, capsys):
+    changes = {"seed": 3, "data__validation": 0.4}
+    expected = held_out(start(build(base, output=f"{base['output']}3", **changes, data__split_seed=3)))
+    assert expected != held_out(start(build(base, output=f"{base['output']}0", **changes)))
+    run = train(build(base, **changes, data__split_seed=3)).run
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    del stored["data"]["split_seed"]  # as an earlier version wrote it
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+
+    more = {**changes, "train__steps": 8}
+    capsys.readouterr()
+    again = start(build(base, **more))
+    assert held_out(again) == expected
+    said = capsys.readouterr().out
+    assert said.count("data.split_seed 3") == 1
+    assert "warning" not in said
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["split_seed"] == 3
+    assert held_out(start(build(base, **more))) == expected  # now by its own configuration
+    with pytest.raises(InputError, match=r"another configuration .*data.split_seed: 3 → 0"):
+        start(build(base, **more, data__split_seed=0))
+
+
+def test_a_share_that_would_hold_out_nothing_holds_out_one_image(base, tmp_path):
+    session = start(build(base, data__validation=1e-9))
+    assert (len(session.data.held_out), len(session.data.train)) == (1, 7)
+    store = tmp_path / "store"
+    make_store(base, store)
+    stored = start(build(base, output=f"{base['output']}2", data__features=str(store), data__validation=1e-9))
+    assert held_out(stored).keys() == held_out(session).keys()
+    with pytest.raises(InputError, match=r"data.validation: got 1.5, expected a share from 0 to below 1"):
+        build(base, data__validation=1.5)
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_a_folder_of_its_own_is_validated_on_and_all_others_are_trained_on(base, tmp_path, kind):
+    mine = make_pictures(tmp_path / "held", count=3)
+    changes = {"data__validation_folder": str(mine)}
+    if kind == "features":
+        for name, folder in (("store", base["data"]["folder"]), ("held_store", str(mine))):
+            make_store(base, tmp_path / name, data__folder=folder)
+        changes |= {
+            "data__features": str(tmp_path / "store"),
+            "data__validation_features": str(tmp_path / "held_store"),
+        }
+    session = start(build(base, **changes))
+    assert (len(session.data.held_out), len(session.data.train)) == (3, 8)
+    config = session.config
+    row = validate(session, config)
+    assert math.isfinite(row["validation_loss"]) and math.isfinite(row["validation_error"])
+
+
+def test_other_images_to_validate_on_are_said_to_be(base, tmp_path, capsys):
+    mine = make_pictures(tmp_path / "held", count=3)
+    changes = {"data__validation_folder": str(mine), "train__validate_every": 3}
+    train(build(base, **changes))
+    (mine / "02.png").unlink()
+    train(build(base, **changes, train__steps=8))
+    assert "warning: the held-out images are not those of the steps so far" in capsys.readouterr().out
+
+
+def test_settings_of_held_out_images_that_contradict_each_other_are_refused(base, tmp_path):
+    mine = str(make_pictures(tmp_path / "held", count=3))
+    with pytest.raises(InputError, match=r"data.validation holds out a share .* leave one of the two out"):
+        build(base, data__validation=0.1, data__validation_folder=mine)
+    with pytest.raises(InputError, match=r"data.validation_features .* only with data.features"):
+        build(base, data__validation_features="store")
+    with pytest.raises(InputError, match=r"data.validation_folder: .*these are the images to train on"):
+        start(build(base, data__validation_folder=base["data"]["folder"]))
+    with pytest.raises(InputError, match=r"data.validation_folder: .*nowhere: there is none"):
+        start(build(base, data__validation_folder=str(tmp_path / "nowhere")))
+    make_store(base, tmp_path / "store")
+    with pytest.raises(InputError, match=r"data.validation_folder: .* data.validation_features"):
+        start(build(base, data__features=str(tmp_path / "store"), data__validation_folder=mine))
+
+
+def test_a_number_that_is_not_finite_is_null_in_every_file_and_is_said(base, monkeypatch, capsys):
+    def start_and_lose_images(config):
+        session = start(config)
+        for record in session.data.held_out.dataset.records:
+            record.picture.unlink()  # none of them can be read any more
+        return session
+
+    monkeypatch.setattr(loop_module, "start", start_and_lose_images)
+    run = train(build(base, data__validation=0.3, train__validate_every=3)).run
+    texts = {path.name: path.read_text() for path in (*run.glob("*.json"), *run.glob("*.jsonl"))}
+    assert {"metrics.jsonl", "summary.json", "heartbeat.json", "history.jsonl"} <= texts.keys()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    for text in texts.values():
+        for part in [text] if text.startswith("{\n") else text.splitlines():
+            json.loads(part, parse_constant=refuse)
+    assert [row["validation_loss"] for row in read_rows(run / "metrics.jsonl") if "validation_loss" in row] == [
+        None
+    ] * 2
+    summary = json.loads(texts["summary.json"])
+    assert summary["validation_error"] is summary["best_validation_error"] is None
+    said = "".join(capsys.readouterr())
+    assert re.search(r"step 3: validation_loss nan, .*validation_error nan.*; null in metrics.jsonl", said)

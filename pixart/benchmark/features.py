@@ -20,10 +20,10 @@ from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.images import Record
 from pixart.data.samples import Drawing, collate
-from pixart.features.build import EncodedBatch, Share, finish, note_file, write_captions, write_json, write_samples
+from pixart.features.build import EncodedBatch, Share, finish, note_file, write_captions, write_samples
 from pixart.features.samples import FeatureDataset
 from pixart.features.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
-from pixart.files import MANIFEST
+from pixart.files import MANIFEST, write_json
 
 WIDTH, LENGTH = 4096, 120  # T5-XXL's states as PixArt-α takes them
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pixart import files
 from pixart.benchmark.measure import COMPILED, Call, Result
 from pixart.errors import InputError
 
@@ -68,7 +69,7 @@ def write_json(results: list[Result], path: Path) -> None:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     rows = [{**asdict(result), "median": result.median} for result in results if not result.failed]
-    path.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n", encoding="utf-8")
+    files.write_json(path, {"machine": machine, "results": rows}, indent=1)
 
 
 def compare(results: list[Result], path: Path) -> str:

@@ -4,11 +4,11 @@ Several processes write one part each, `NAME-00002-of-00008.jsonl`; the name `NA
 """
 
 import glob
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from pixart.errors import InputError
+from pixart.files import read_lines
 
 
 def is_file(name: str) -> bool:
@@ -36,20 +36,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, dict]]:
     Raises:
         InputError: another line is damaged.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise InputError(f"{place}: not valid JSON ({error})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("id"), str) or len(row) != 2:
-                raise InputError(f"{place}: expected an object of an id and one caption field, got {str(row)[:80]}")
-            yield place, row.pop("id"), row
+    for number, row in read_lines(path):
+        place = f"{path}:{number}"
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or len(row) != 2:
+            raise InputError(f"{place}: expected an object of an id and one caption field, got {str(row)[:80]}")
+        yield place, row.pop("id"), row
 
 
 def read_captions(name: str | Path) -> dict[str, str | list[str]]:

@@ -4,7 +4,6 @@ Any number of processes, each with its share and a file of its own; a kill loses
 """
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pixart.data.images import UNREADABLE, Picture, open_image, to_rgb
 from pixart.data.items import Fields, Item
 from pixart.data.sources import read_items
 from pixart.errors import InputError
+from pixart.files import append_rows, mend_lines, write_json
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def write_captions(
     report = CaptionReport(part_name(output, rank, ranks))
     with open(report.output, "ab") as file:
         _lock(file)
-        _cut_torn_line(report.output)
+        mend_lines(report.output)
         done = {id for part in find_parts(output) for _, id, _ in read_rows(part)}
         todo = [item for item in items if item.id not in done]
         report.done_before = len(items) - len(todo)
@@ -163,18 +163,15 @@ def write_captions(
         if not todo:
             return report
         captioner = Captioner.load(config, dtype=dtype, device=device)
-        _write_settings(settings, config)
+        write_json(settings, asdict(config), shared=True)
         with tqdm(total=len(todo), desc="captioning", unit="image") as bar:
             for batch, images in _load_ahead(todo, batch_size):
                 report.problems += [(i.id, x) for i, x in zip(batch, images, strict=True) if isinstance(x, str)]
                 good = [(i.id, x) for i, x in zip(batch, images, strict=True) if not isinstance(x, str)]
                 texts = captioner.caption([image for _, image in good]) if good else []
-                for (id, _), text in zip(good, texts, strict=True):
-                    file.write(json.dumps({"id": id, config.field: text}, ensure_ascii=False).encode() + b"\n")
-                    if not text:
-                        report.problems.append((id, "the model said nothing"))
-                file.flush()
-                os.fsync(file.fileno())
+                rows = [{"id": id, config.field: text} for (id, _), text in zip(good, texts, strict=True)]
+                append_rows(report.output, rows, durable=True)
+                report.problems += [(row["id"], "the model said nothing") for row in rows if not row[config.field]]
                 report.written += len(texts)
                 bar.update(len(batch))
     return report
@@ -207,12 +204,6 @@ def _check_settings(path: Path, config: CaptionConfig) -> None:
         )
 
 
-def _write_settings(path: Path, config: CaptionConfig) -> None:
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")  # other processes write it too
-    temporary.write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _lock(file) -> None:
     """Two processes into one file would write every caption twice."""
     import fcntl
@@ -221,19 +212,6 @@ def _lock(file) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{file.name}: another process is writing it; give each a --rank of its own") from None
-
-
-def _cut_torn_line(path: Path) -> None:
-    """What follows the last line's end is of a process that was killed."""
-    with open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        whole = 0
-        while end and not whole:
-            start = max(end - 65536, 0)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            end, whole = start, start + found + 1 if found >= 0 else 0
-        file.truncate(whole)
 
 
 def _load_ahead(items: Sequence[Item], batch_size: int) -> Iterator[tuple[Sequence[Item], list[Image.Image | str]]]:

@@ -1,11 +1,10 @@
 """Captions from class folders, as ImageNet has them: the class's names become every picture's captions."""
 
-import json
-import os
 from pathlib import Path
 
 from pixart.data.images import IMAGE_SUFFIXES
 from pixart.errors import InputError
+from pixart.files import to_json, write_file
 
 
 def write_class_captions(folder: str | Path, names: str | Path) -> tuple[int, int]:
@@ -28,18 +27,21 @@ def write_class_captions(folder: str | Path, names: str | Path) -> tuple[int, in
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     if unknown := [path.name for path in classes if path.name not in captions]:
         raise InputError(f"{names}: no line for {len(unknown)} of {len(classes)} folders, the first is {unknown[0]}")
-    part, count = target.with_name(".metadata.jsonl.part"), 0
-    with open(part, "w", encoding="utf-8") as file:
-        for path in classes:
-            for image in sorted(path.rglob("*")):
-                if image.suffix.lower() in IMAGE_SUFFIXES:
-                    row = {"file_name": image.relative_to(folder).as_posix(), "text": captions[path.name]}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    count += 1
-    if not count:
-        part.unlink()
-        raise InputError(f"{folder}: no pictures in class folders")
-    os.replace(part, target)
+    count = 0
+
+    def write(part: Path) -> None:
+        nonlocal count
+        with open(part, "w", encoding="utf-8") as file:
+            for path in classes:
+                for image in sorted(path.rglob("*")):
+                    if image.suffix.lower() in IMAGE_SUFFIXES:
+                        row = {"file_name": image.relative_to(folder).as_posix(), "text": captions[path.name]}
+                        file.write(to_json(row) + "\n")
+                        count += 1
+        if not count:
+            raise InputError(f"{folder}: no pictures in class folders")
+
+    write_file(target, write)
     return count, len(classes)
 
 

@@ -4,14 +4,12 @@ Emoji designed by OpenMoji, CC BY-SA 4.0: whoever shows them, or samples of a mo
 """
 
 import importlib
-import json
-import os
-import shutil
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pixart.errors import InputError, missing_extra
+from pixart.files import to_json, write_folder
 
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -35,18 +33,18 @@ def build_openmoji(folder: str | Path, *, side: int = 72) -> Path:
         )
     resvg = _optional("resvg_py", "resvg-py")
     images = openmoji_captions()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with open(partial / "metadata.jsonl", "w", encoding="utf-8") as metadata:
-        for svg, caption in tqdm(images, desc="rendering OpenMoji", unit="emoji"):
-            png = resvg.svg_to_bytes(
-                svg_path=str(svg), width=side, height=side, background="white", skip_system_fonts=True
-            )
-            (partial / f"{svg.stem}.png").write_bytes(bytes(png))
-            metadata.write(json.dumps({"file_name": f"{svg.stem}.png", "text": caption}, ensure_ascii=False) + "\n")
-    (partial / "LICENSE.txt").write_text(ATTRIBUTION + "\nhttps://openmoji.org\n", encoding="utf-8")
-    os.replace(partial, folder)
+
+    def render(partial: Path) -> None:
+        with open(partial / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+            for svg, caption in tqdm(images, desc="rendering OpenMoji", unit="emoji"):
+                png = resvg.svg_to_bytes(
+                    svg_path=str(svg), width=side, height=side, background="white", skip_system_fonts=True
+                )
+                (partial / f"{svg.stem}.png").write_bytes(bytes(png))
+                metadata.write(to_json({"file_name": f"{svg.stem}.png", "text": caption}) + "\n")
+        (partial / "LICENSE.txt").write_text(ATTRIBUTION + "\nhttps://openmoji.org\n", encoding="utf-8")
+
+    write_folder(folder, render, manifest=False, durable=False)  # it can be rendered again
     return folder
 
 

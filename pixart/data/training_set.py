@@ -1,8 +1,8 @@
 """A run's data: what it trains on and what it holds out, from images; feature stores do likewise."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,17 @@ class DataSpec:
     @property
     def drawing(self) -> Drawing:
         """How the samples' random numbers are drawn."""
-        return Drawing(self.seed, self.patch_size, self.data.draws, self.extras)
+        return Drawing(self.seed, self.patch_size, self.data.draws or "by_name", self.extras)
+
+    @property
+    def held_out_drawing(self) -> Drawing:
+        """The same for the held-out ones: not of `seed`, so that runs of several seeds are validated alike."""
+        return replace(self.drawing, seed=self.split_seed)
+
+    @property
+    def split_seed(self) -> int:
+        """What the held-out share, and validation's times and noise, are drawn from."""
+        return self.data.split_seed or 0
 
     @property
     def table(self) -> list[Bucket]:
@@ -81,23 +91,20 @@ class Data:
     null: Tensor | None  # the null caption, if it is not the model's own
     records: list[Record]  # the training images; none with feature stores
     fingerprint: str  # of the training samples' ids, in their order
+    held_out_fingerprint: str  # likewise of the held-out ones
     text_weights: str | None  # fingerprint of the encoder that made the text states; None where nothing tells it
     places: list[Path]  # where some of it lies: if none of these is there any more, the data is gone
     report: str
 
 
 def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
-    """Scan the images, split off the held-out ones, encode every caption once and free the encoder."""
+    """Scan the images, set the held-out ones apart, encode every caption once and free the encoder."""
     data = spec.data
     if data.prepare == "openmoji":
         with accelerator.main_process_first():
             build_openmoji(data.folder)
-    found = scan(data, spec.table)
-    records = found.records[:: data.every]
-    hashes = np.array([derive_seed(record.id) for record in records])
-    held = choose_held_out(hashes, spec)
-    train = [record for record, out in zip(records, held, strict=True) if not out]
-    held_out = [record for record, out in zip(records, held, strict=True) if out]
+    train, held_out, report = _find_records(spec)
+    records = [*train, *held_out]
 
     encoder = load_encoder(spec, accelerator)
     texts = sorted({caption for record in records for caption in record.captions} | set(spec.prompts))
@@ -106,7 +113,6 @@ def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencod
     null, text_weights = encode_null(encoder), fingerprint(encoder.model)
     encoder.close()
 
-    report = [f"data {data.folder}:", found.describe(), *describe_split(spec, len(train), len(held_out))]
     if accelerator.num_processes > 1 and len(texts) > MANY_CAPTIONS:
         report.append(
             f"warning: each of {accelerator.num_processes} processes encodes and holds all {len(texts)} captions at "
@@ -119,9 +125,9 @@ def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencod
     context = ArrayContext(autoencoder, accelerator.device)
     makers = {name: ARRAYS[name](context) for name in spec.extras.arrays}
 
-    def part(records: list[Record]) -> Part:
+    def part(records: list[Record], drawing: Drawing) -> Part:
         dataset = ImageDataset(
-            records, captions, spec.drawing, latent_channels=spec.vae.latent_channels,
+            records, captions, drawing, latent_channels=spec.vae.latent_channels,
             downsample=spec.vae.downsample, flip=data.flip, random_crop=data.random_crop,
             posterior_mean=data.posterior == "mean", cache=data.cache, makers=makers,
         )  # fmt: skip
@@ -130,8 +136,30 @@ def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencod
 
     some = [record.picture for record in train[:: max(len(train) // 16, 1)]]
     places = [picture for picture in some if isinstance(picture, Path)] or [Path(data.folder)]
-    ids = hash_ids([hashes[~held]])
-    return Data(part(train), part(held_out), captions, null, train, ids, text_weights, places, "\n".join(report))
+    prints = (hash_ids([_hash_records(part)]) for part in (train, held_out))
+    parts = part(train, spec.drawing), part(held_out, spec.held_out_drawing)
+    return Data(*parts, captions, null, train, *prints, text_weights, places, "\n".join(report))
+
+
+def _find_records(spec: DataSpec) -> tuple[list[Record], list[Record], list[str]]:
+    """The images to train on and those held out, and what there is to report."""
+    data = spec.data
+    found = scan(data, spec.table)
+    records = found.records[:: data.every]
+    report = [f"data {data.folder}:", found.describe()]
+    if data.validation_folder:
+        others = scan(replace(data, folder=data.validation_folder), spec.table)
+        held_out = others.records
+        report += [f"data.validation_folder {data.validation_folder}:", others.describe()]
+    else:
+        (held,) = choose_held_out([_hash_records(records)], spec)
+        held_out = [record for record, out in zip(records, held, strict=True) if out]
+        records = [record for record, out in zip(records, held, strict=True) if not out]
+    return records, held_out, report + describe_split(spec, len(records), len(held_out))
+
+
+def _hash_records(records: list[Record]) -> np.ndarray:
+    return np.array([derive_seed(record.id) for record in records], dtype=np.int64)
 
 
 def load_encoder(spec: DataSpec, accelerator: Accelerator) -> TextEncoder:
@@ -145,22 +173,36 @@ def load_encoder(spec: DataSpec, accelerator: Accelerator) -> TextEncoder:
     return encoder
 
 
-def choose_held_out(hashes: np.ndarray, spec: DataSpec) -> np.ndarray:
-    """Which samples are held out: a property of an id and the seed, so that adding images moves none across the split.
+def choose_held_out(sets: Sequence[np.ndarray], spec: DataSpec) -> list[np.ndarray]:
+    """Which samples of each set are held out: a property of an id and the split's seed, so that adding images moves
+    none across the split. A share that would hold out none of any set holds out the first in line.
 
-    `hashes` are `derive_seed(id)`; mixed with the seed's by the finaliser of splitmix64 (Steele et al. 2014).
+    Args:
+        sets: `derive_seed(id)` of every sample.
     """
-    if not spec.data.validation:
-        return np.zeros(len(hashes), dtype=bool)
+    share = spec.data.validation
+    if not share:
+        return [np.zeros(len(hashes), dtype=bool) for hashes in sets]
+    places = [_places(hashes, spec.split_seed) for hashes in sets]
+    held = [part < share for part in places]
+    if not any(part.any() for part in held):
+        first = min(range(len(sets)), key=lambda i: places[i].min(initial=1.0))
+        held[first][places[first].argmin()] = True
+    for part in held:
+        if part.all():
+            raise InputError(f"data.validation {share} holds out all {len(part)} images")
+    return held
+
+
+def _places(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """A uniform number in [0, 1) for each id: its hash mixed with the seed's by the finaliser of splitmix64 (Steele et
+    al. 2014)."""
     with np.errstate(over="ignore"):
-        x = hashes.astype(np.uint64) ^ np.uint64(derive_seed(spec.seed, "split"))
+        x = hashes.astype(np.uint64) ^ np.uint64(derive_seed(seed, "split"))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    held = x / 2.0**64 < spec.data.validation
-    if held.all():
-        raise InputError(f"data.validation {spec.data.validation} holds out all {len(held)} images")
-    return held
+    return x / 2.0**64
 
 
 def hash_ids(sets: list[np.ndarray]) -> str:
@@ -174,7 +216,8 @@ def hash_ids(sets: list[np.ndarray]) -> str:
 def describe_split(spec: DataSpec, train: int, held_out: int) -> list[str]:
     lines = []
     if spec.data.every > 1:
-        lines.append(f"every {spec.data.every}th of them is used: {train + held_out}")
+        used = train if spec.data.validation_folder else train + held_out
+        lines.append(f"every {spec.data.every}th of them is used: {used}")
     if held_out:
         lines.append(f"{held_out} held out for validation, {train} to train on")
     return lines

@@ -1,6 +1,7 @@
 """How well a network denoises, in a measure that does not depend on how it was trained."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -35,3 +36,14 @@ def denoising_errors(
         found = denoise(alpha * x0.float() + sigma * noise, t).x0
         rows.append((1 + ratio**-2) * per_picture((found - x0.float()) ** 2))
     return torch.stack(rows)
+
+
+def mean_error(errors: Iterable[float]) -> float:
+    """The one number of errors at several ratios: their geometric mean, so that an improvement by a factor counts the
+    same at every ratio. A plain mean would follow the largest alone."""
+    errors = list(errors)
+    if any(map(math.isnan, errors)):
+        return math.nan
+    if min(errors) <= 0:
+        return 0.0
+    return math.exp(sum(map(math.log, errors)) / len(errors))

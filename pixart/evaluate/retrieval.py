@@ -1,6 +1,5 @@
 """Top-1 retrieval: how often a sample's nearest training picture is the one whose caption was given."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pixart.contact_sheet import contact_sheet
 from pixart.data.images import Record, load_image
 from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
+from pixart.files import write_json
 from pixart.inference.pipeline import Pipeline
 
 
@@ -57,7 +57,7 @@ def retrieval(
     result = Retrieval(sum(hits) / len(hits), len(hits), path)
     missed = {captions[i]: captions[nearest[i]] for i, hit in enumerate(hits) if not hit}
     record = {"top1": result.top1, "count": result.count, "seed": seed, "missed": missed}
-    (folder / "retrieval.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "retrieval.json", record)
     return result
 
 

@@ -22,7 +22,7 @@ from pixart.data.images import Record
 from pixart.errors import InputError
 from pixart.features.append_only import PartFile
 from pixart.features.store import INDEX, PROMPTS, VERSION, caption_file, digest_manifest, join, join_texts, sample_file
-from pixart.files import MANIFEST, digest_file, write_file
+from pixart.files import MANIFEST, digest_file, write_file, write_json
 from pixart.seeds import derive_seed
 
 PLAN, LOCK = "plan.json", ".lock"
@@ -60,7 +60,7 @@ def agree(path: Path, facts: dict, what: str, *, free: Sequence[str] = ()) -> No
     facts = json.loads(json.dumps(facts))
     with locked(path.parent):
         if not path.exists():
-            write_json(path, facts)
+            write_json(path, facts, indent=1)
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -220,7 +220,7 @@ def seal(path: Path, tensors: dict[str, Tensor], count: int, problems: Sequence)
 def note_file(path: Path, count: int, problems: Sequence, **more: str) -> None:
     """Write beside a file what it is: then it is sealed."""
     note = {"bytes": path.stat().st_size, "blake2b": digest_file(path), "count": count, "problems": list(problems)}
-    write_json(path.with_suffix(".json"), {**note, **more})
+    write_json(path.with_suffix(".json"), {**note, **more}, indent=1)
 
 
 def is_sealed(path: Path) -> bool:
@@ -237,11 +237,6 @@ def read_note(path: Path) -> dict | None:
 
 def shard_count(count: int, size: int) -> int:
     return -(-count // size)
-
-
-def write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -291,7 +286,7 @@ def finish(folder: Path, plan: dict, problems: Sequence[tuple[str, str]]) -> dic
             "files": files,
         }  # fmt: skip
         manifest["checksum"] = digest_manifest(manifest)
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest, indent=1)
         with contextlib.suppress(OSError):
             os.rmdir(folder / "parts")
     return manifest

@@ -1,12 +1,14 @@
 """A run's data from feature stores: those that fit its configuration, without the held-out samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from pixart.data.buckets import Bucket
-from pixart.data.samples import Captions, encode_captions
+from pixart.data.samples import Captions, Drawing, encode_captions
 from pixart.data.training_set import Data, DataSpec, Part, choose_held_out, describe_split, hash_ids, load_encoder
 from pixart.encoders.autoencoder import Autoencoder
 from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
@@ -17,30 +19,40 @@ from pixart.features.store import UNKNOWN, FeatureStore
 
 
 def load_features(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
-    """Open the stores and split off the held-out samples; the text encoder is loaded only for prompts they lack."""
+    """Open the stores and set the held-out samples apart; the text encoder is loaded only for prompts they lack."""
     data = spec.data
     repeats = {**({data.features: 1.0} if data.features else {}), **data.mix}
     stores = [open_features(folder, spec, autoencoder) for folder in repeats]
     report = [f"features {folder}: {store.describe()}" for folder, store in zip(repeats, stores, strict=True)]
-    held = [choose_held_out(store.hashes, spec) for store in stores]
+    held = choose_held_out([store.hashes for store in stores], spec)
 
-    def part(which: list[np.ndarray | None]) -> Part:
+    def part(repeats: dict, stores: list, which: list[np.ndarray | None], drawing: Drawing) -> Part:
         numbers = [
             store.bucket_numbers if part is None else store.bucket_numbers[part]
             for store, part in zip(stores, which, strict=True)
         ]
         sets = [(len(part), often) for part, often in zip(numbers, repeats.values(), strict=True)]
-        dataset = FeatureDataset(stores, which, spec.drawing, flip=data.flip, posterior_mean=data.posterior == "mean")
+        dataset = FeatureDataset(stores, which, drawing, flip=data.flip, posterior_mean=data.posterior == "mean")
         return Part(dataset, np.concatenate(numbers) if len(numbers) > 1 else numbers[0], sets)
 
-    train = part([np.flatnonzero(~out).astype(np.int32) if out.any() else None for out in held])
-    held_out = part([np.flatnonzero(out).astype(np.int32) for out in held])
+    chosen = [np.flatnonzero(~out).astype(np.int32) if out.any() else None for out in held]
+    train = part(repeats, stores, chosen, spec.drawing)
+    if data.validation_features:
+        # data.every is about training: all of these are used
+        other = open_features(data.validation_features, replace(spec, data=replace(data, every=1)), autoencoder)
+        report.append(f"data.validation_features {data.validation_features}: {other.describe()}")
+        held_out = part({data.validation_features: 1.0}, [other], [None], spec.held_out_drawing)
+        held_hashes = [other.hashes]
+    else:
+        chosen = [np.flatnonzero(out).astype(np.int32) for out in held]
+        held_out = part(repeats, stores, chosen, spec.held_out_drawing)
+        held_hashes = [store.hashes[out] for store, out in zip(stores, held, strict=True)]
     report += describe_split(spec, len(train), len(held_out))
     captions, null = prompt_states(spec, accelerator, stores[0])
-    ids = hash_ids([store.hashes[~out] for store, out in zip(stores, held, strict=True)])
+    prints = hash_ids([store.hashes[~out] for store, out in zip(stores, held, strict=True)]), hash_ids(held_hashes)
     weights = None if stores[0].text_weights == UNKNOWN else stores[0].text_weights
     places = [store.folder for store in stores]
-    return Data(train, held_out, captions, null, [], ids, weights, places, "\n".join(report))
+    return Data(train, held_out, captions, null, [], *prints, weights, places, "\n".join(report))
 
 
 def open_features(folder: str, spec: DataSpec, autoencoder: Autoencoder) -> FeatureStore | OfficialFeatures:

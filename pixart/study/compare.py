@@ -6,33 +6,37 @@ from pathlib import Path
 
 import torch
 
-from pixart.config import flatten, load_config, to_dict
+from pixart.config import flatten, to_dict
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.model.flops import forward_flops
 from pixart.study.plots import name_runs
 from pixart.train.config import TrainConfig
-from pixart.train.history import FILE, QUIET
-from pixart.train.report import METRICS, last_and_best, last_value
+from pixart.train.history import CONFIG, FILE, QUIET, read_run_config
+from pixart.train.report import BY_RATIO, ERROR, find_ratios, is_number, last_and_best, last_value, read_metrics
 
 # keys in which runs differ without being other experiments
 ALSO_QUIET = (*QUIET, "prompts", "train.trackers", "train.timeout", "train.keep")
-OF_PICTURES = ("seed", "data.", "vae.", "text.", "model.in_channels")  # what validation is done on
+OF_PICTURES = ("data.", "vae.", "text.", "model.in_channels")  # what validation is done on
 COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
-           "validation_error", "its best, at step")  # fmt: skip
+           "validation_error", "its best, at step")  # and the errors at every ratio of noise to signal  # fmt: skip
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
     """A Markdown table of results and one of the settings that differ.
 
-    "GFLOP" is a forward of one picture with a full caption; "hours" are device-hours.
+    "GFLOP" is a forward of one image with a full caption; "hours" are device-hours. `validation_error` is the geometric
+    mean of the errors "at" every ratio of noise to signal.
 
     Raises:
         InputError: a folder is no run of ours.
     """
     names, configs = name_runs(runs), [_config(Path(run)) for run in runs]
-    lines = _table([COLUMNS, *(_row(n, Path(r), c) for n, r, c in zip(names, runs, configs, strict=True))])
+    metrics = [read_metrics(Path(run)) for run in runs]
+    ratios = find_ratios(name for rows in metrics for row in rows for name in row)
+    head = (*COLUMNS, *(f"at {ratio}" for ratio in ratios))
+    lines = _table([head, *(_row(*of, ratios) for of in zip(names, configs, metrics, strict=True))])
     flat = [flatten(to_dict(config)) for config in configs]
     keys = [key for key in dict.fromkeys(key for of in flat for key in of) if key not in ALSO_QUIET]
     differing = [key for key in keys if len({json.dumps(of.get(key)) for of in flat}) > 1]
@@ -45,7 +49,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
             "compare validation_error"
         )
     other = [key for key in differing if key.startswith(OF_PICTURES)]
-    if len({_samples(Path(run)) for run in runs}) > 1:
+    if len({_held_out(Path(run)) for run in runs}) > 1:
         other.append("the fingerprints in history.jsonl")
     if other:
         lines.append(
@@ -56,34 +60,35 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 
 
 def _config(run: Path) -> TrainConfig:
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG).is_file():
         raise InputError(f"{run}: there is no config.yaml in it; expected a run's folder")
-    return load_config(TrainConfig, run / "config.yaml", run_code=False)
+    return read_run_config(run)
 
 
-def _samples(run: Path) -> str | None:
-    """The fingerprint of what a run was trained on last."""
-    return last_value(list(read_rows(run / FILE)), "samples")
+def _held_out(run: Path) -> str | None:
+    """The fingerprint of what a run was validated on last; in runs of earlier versions, of what it was trained on."""
+    rows = list(read_rows(run / FILE))
+    return last_value(rows, "held_out") or last_value(rows, "samples")
 
 
-def _row(name: str, run: Path, config: TrainConfig) -> tuple[str, ...]:
-    c, rows = config.model, list(read_rows(run / METRICS))
+def _row(name: str, config: TrainConfig, rows: list[dict], ratios: Sequence[str]) -> tuple[str, ...]:
+    c = config.model
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in PixArt(c).parameters())
     flops = forward_flops(c, c.latent_size, c.latent_size, config.text.length)
-    best = last_and_best(rows, "validation_error")
-    value, step = best["best_validation_error"], best["best_validation_error_step"]
+    _, value, step = last_and_best(rows, ERROR).values()
     return (
         name, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.3g}",
         *(str(last_value(rows, key) or 0) for key in ("step", "images")),
-        *(_number(last_value(rows, key)) for key in ("gpu_hours", "images_per_second", "loss", "validation_loss",
-                                                     "validation_error")),
+        *(_number(last_value(rows, key)) for key in ("gpu_hours", "images_per_second")),
+        *(_number(last_value(rows, key)) for key in ("loss", "validation_loss", ERROR)),
         "" if value is None else f"{_number(value)}, {step}",
+        *(_number(last_value(rows, BY_RATIO + ratio)) for ratio in ratios),
     )  # fmt: skip
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return f"{value:.4g}" if is_number(value) else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -138,8 +138,8 @@ class TrainConfig:
             )
         if self.train.sample_every and not self.prompts:
             raise InputError("train.sample_every is set, but there are no prompts to sample")
-        if self.train.validate_every and not self.data.validation:
-            raise InputError("train.validate_every is set, but data.validation holds no image out")
+        if self.train.validate_every and not self.data.holds_out:
+            raise InputError("train.validate_every is set, but neither data.validation nor validation_folder is")
         if self.evaluate.retrieval and (self.data.features or self.data.mix):
             raise InputError("evaluate.retrieval compares pictures; it cannot be on with data.features")
         if self.sample.sampler in (*SAMPLERS, "auto"):  # else of an extension that is not loaded

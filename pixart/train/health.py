@@ -1,10 +1,10 @@
 """Steps that were not applied: counted and named with the ids of their samples; a run that does no other ends."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from pixart.errors import InputError
+from pixart.files import append_rows
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes
 from pixart.train.state import Progress
@@ -74,7 +74,6 @@ class Window:
             row = {"step": step, "reason": report.outcome, "loss": repr(report.loss),
                    "grad_norm": repr(report.grad_norm), "ids": ids}  # fmt: skip
             try:
-                with open(self.run / FILE, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_rows(self.run / FILE, [row])
             except OSError as error:
                 say(f"warning: {self.run / FILE}: cannot be written ({error})")

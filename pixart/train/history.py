@@ -1,17 +1,17 @@
 """What changed under a run between its starts: said once, and kept in `history.jsonl`, a line for each start."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pixart.config import dump_yaml
+from pixart.checkpoint.files import checkpoints
+from pixart.config import dump_yaml, load_config
 from pixart.cpu import uses_onednn
 from pixart.data.training_set import Data
 from pixart.errors import InputError
-from pixart.files import append_line, read_rows, write_file
+from pixart.files import append_rows, read_rows, write_text
 from pixart.train.config import TrainConfig
 from pixart.train.optimizer import learning_rate
 from pixart.train.state import TrainState
@@ -20,6 +20,45 @@ FILE, CONFIG = "history.jsonl", "config.yaml"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now
 ENCODERS = ("text.model", "vae.source")  # may lie elsewhere when a run goes on, if their weights are the same
 QUIET = ("output", "resume", "data.workers", "data.cache")  # change nothing that a run is
+
+
+def read_run_config(run: Path) -> TrainConfig:
+    """A run's stored configuration, with the split and the draws that it has, also where it was begun before these
+    settings: then its `seed` divided it, and its numbers were drawn in order.
+
+    Raises:
+        InputError: it is not there, or cannot be read.
+    """
+    config = load_config(TrainConfig, run / CONFIG, run_code=False)
+    return _settle(config, config.seed, "in_order")
+
+
+def settle_draws(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The configuration with `data.split_seed` and `data.draws` set: as given, else those of the run that goes on, else
+    those of a new one.
+
+    Returns:
+        with what is worth telling, as lines.
+    """
+    run = Path(config.output)
+    if not (run / CONFIG).exists() or not checkpoints(run):
+        return _settle(config, 0, "by_name"), []
+    stored = load_config(TrainConfig, run / CONFIG, run_code=False).data
+    before = read_run_config(run).data
+    settled = _settle(config, before.split_seed, before.draws)
+    old = []
+    if stored.split_seed is None and config.data.validation:
+        old.append(f"held-out images and their noise depended on seed: data.split_seed {settled.data.split_seed}")
+    if stored.draws is None:
+        old.append(f"a sample's random numbers were drawn in one order, not by name: data.draws {settled.data.draws}")
+    return settled, [f"this run was begun when {what}; it keeps that" for what in old]
+
+
+def _settle(config: TrainConfig, split_seed: int, draws: str) -> TrainConfig:
+    data = config.data
+    return replace(config, data=replace(
+        data, split_seed=split_seed if data.split_seed is None else data.split_seed, draws=data.draws or draws
+    ))  # fmt: skip
 
 
 def read_encoders(run: Path) -> dict[str, str]:
@@ -64,21 +103,24 @@ def note_start(
     notes = [f"changed: {key} {before!r} → {now!r}" for key, (before, now) in told.items()]
     if "train.steps" in changes and config.optimizer.schedule != "constant":
         notes.append(_of_learning_rate(config, step, changes["train.steps"][0]))
-    before = [row for row in read_rows(run / FILE) if "samples" in row and row["step"] < step]  # those that trained
-    if before and before[-1]["samples"] != data.fingerprint:
-        notes.append(
-            f"warning: the training data are not those of the steps so far ({before[-1]['images']} images then, "
-            f"{len(data.train)} now); the run goes on with them, and {FILE} says so"
-        )
     row = {
         "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": state.processes.count,
         "onednn": uses_onednn(state.parts.network), "images": len(data.train), "samples": data.fingerprint,
-        "encoders": dict(encoders),
+        "held_out_images": len(data.held_out), "held_out": data.held_out_fingerprint, "encoders": dict(encoders),
         "changed": told,
     }  # fmt: skip
+    earlier = [old for old in read_rows(run / FILE) if old["step"] < step]  # starts that trained
+    parts = ("training data", "samples", "images"), ("held-out images", "held_out", "held_out_images")
+    for what, key, count in parts:
+        before = [old for old in earlier if key in old]
+        if before and before[-1][key] != row[key]:
+            notes.append(
+                f"warning: the {what} are not those of the steps so far ({before[-1][count]} images then, {row[count]} "
+                f"now); the run goes on with them, and {FILE} says so"
+            )
     try:
-        write_file(run / CONFIG, lambda path: path.write_text(dump_yaml(config), encoding="utf-8"))
-        append_line(run / FILE, json.dumps(row))
+        write_text(run / CONFIG, dump_yaml(config))
+        append_rows(run / FILE, [row])
     except OSError as error:
         notes.append(f"warning: {CONFIG} or {FILE} in {run} could not be written ({error}); training goes on")
     return notes

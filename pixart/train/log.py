@@ -1,6 +1,6 @@
 """What a run tells: metrics.jsonl always, accelerate's trackers, a progress bar, a heartbeat and a summary."""
 
-import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart.errors import InputError, missing_extra
-from pixart.files import append_line, read_rows, replace_json
+from pixart.files import append_rows, read_rows, to_json, write_json, write_text
 from pixart.train import report
 from pixart.train.config import TrainConfig
 from pixart.train.state import Progress
@@ -121,15 +121,17 @@ class Watch:
         return everyones[:, 0].mean().item() / seconds, everyones[:, 1].max().item(), everyones[:, 2:].sum(0).view(2, 4)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to the trackers."""
+        """One line of metrics.jsonl, and the same to the trackers. What is not finite is said, and null in the file."""
         self.accelerator.log(values, step=step)
-        self._try(report.METRICS, lambda path: append_line(path, json.dumps({"step": step, **values})))
+        if broken := [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]:
+            self.say(f"step {step}: {', '.join(broken)}; null in {report.METRICS}")
+        self._try(report.METRICS, lambda path: append_rows(path, [{"step": step, **values}]))
 
     def _beat(self) -> None:
         self.beat_at = time.perf_counter()
         values = {"step": self.progress.step, "steps": self.config.train.steps, "loss": self.loss, "time": time.time(),
                   "gpu_hours": self.gpu_hours}  # fmt: skip
-        self._try(report.HEARTBEAT, lambda path: replace_json(path, values))
+        self._try(report.HEARTBEAT, lambda path: write_json(path, values, durable=False))
 
     def _try(self, name: str, write: Callable[[Path], None]) -> None:
         """Write one of the run's small files in the main process; a full disk costs a line, not the run."""
@@ -156,7 +158,7 @@ class Watch:
         peak = {"peak_tflops": self.peak, "peak_is": "measured" if told == "measure" else told and "given"}
         summary = {**report.summarise(self.config, self.run, self.progress, error), "gpu_hours": self.gpu_hours, **peak}
         self._beat()
-        self._try(report.SUMMARY, lambda path: replace_json(path, summary))
+        self._try(report.SUMMARY, lambda path: write_json(path, summary, durable=False))
         self.accelerator.end_training()
 
 
@@ -183,5 +185,4 @@ def check_trackers(names: tuple[str, ...]) -> None:
 def _cut_after(path: Path, step: int) -> None:
     """Drop the lines past `step`, which a run that was killed after its last checkpoint has left."""
     if path.exists():
-        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(to_json(row) + "\n" for row in read_rows(path) if row["step"] <= step))

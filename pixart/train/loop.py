@@ -46,7 +46,8 @@ def train(config: TrainConfig, *, onednn: bool = False) -> RunResult:
     deterministic = torch.are_deterministic_algorithms_enabled()
     with StopSignal() as stop:
         try:
-            return _run(start(config, onednn=onednn), config, stop)
+            session = start(config, onednn=onednn)
+            return _run(session, session.config, stop)
         except RuntimeError as error:
             if lost := lost_process(error, config.train.timeout):
                 raise lost from error

@@ -1,5 +1,6 @@
 """What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,13 +39,25 @@ def check_sources(config: TrainConfig) -> None:
         _ = ARRAYS[name]
     freeze(model, config.train.freeze)
     looks: dict[str, Callable] = {}
-    if stores := [config.data.features] * bool(config.data.features) + [*config.data.mix]:
+    data = config.data
+    if stores := [data.features] * bool(data.features) + [*data.mix]:
         # which hold the prompts' states too, as a rule
         looks = {f"features {store}": partial(_look_for_features, store) for store in stores}
+        if data.validation_features:
+            looks["data.validation_features"] = partial(_look_for_features, data.validation_features)
+        elif data.validation_folder:
+            raise InputError(
+                "data.validation_folder: training from data.features reads no images; make a store of them "
+                f"(scripts/extract.py CONFIG data.every=1 data.folder={data.validation_folder} data.features=STORE) "
+                "and give it as data.validation_features"
+            )
     else:
         looks["text.model"] = lambda: _look_for_text(config.text)
-    if not config.data.prepare and not stores:
-        looks = {"data.folder": lambda: _look_for_data(config.data), **looks}
+    if not stores:
+        if not data.prepare:
+            looks = {"data.folder": partial(_look_for_images, data.folder, data.format), **looks}
+        if data.validation_folder:
+            looks["data.validation_folder"] = partial(_look_for_held_out, data)
     if config.vae.kind == "kl":
         looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
     if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
@@ -66,11 +79,19 @@ def _look_for_features(folder: str) -> None:
         read_manifest(Path(folder))
 
 
-def _look_for_data(config: DataConfig) -> None:
-    if config.format != "auto":
-        _ = SOURCES[config.format]
-    if not Path(config.folder).exists():
-        raise InputError(f"{config.folder}: there is none; expected a folder of images with captions")
+def _look_for_images(folder: str, format: str) -> None:
+    if format != "auto":
+        _ = SOURCES[format]
+    if not Path(folder).exists():
+        raise InputError(f"{folder}: there is none; expected a folder of images with captions")
+
+
+def _look_for_held_out(config: DataConfig) -> None:
+    _look_for_images(config.validation_folder, config.format)
+    if os.path.realpath(config.validation_folder) == os.path.realpath(config.folder):
+        raise InputError(
+            f"{config.validation_folder}: these are the images to train on; give others, or data.validation"
+        )
 
 
 def _look_for_text(config: TextConfig) -> None:

@@ -23,11 +23,20 @@ from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
 from pixart.errors import InputError
 from pixart.extensions import FOLDER, Extension, load_extensions
 from pixart.features.training_set import load_features
-from pixart.files import digest_file, write_file
+from pixart.files import digest_file, write_file, write_text
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
-from pixart.train.history import CONFIG, ENCODERS, Changes, check_encoders, note_start, read_encoders
+from pixart.train.history import (
+    CONFIG,
+    ENCODERS,
+    Changes,
+    check_encoders,
+    note_start,
+    read_encoders,
+    read_run_config,
+    settle_draws,
+)
 from pixart.train.log import check_trackers, start_trackers
 from pixart.train.optimizer import freeze, make_optimizer
 from pixart.train.parts import Parts, count_parameters, make_objective
@@ -42,7 +51,7 @@ FREE_TO_CHANGE = {
     "train.compile", "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every",
     "train.save_every", "train.keep", "train.trackers", "train.peak_tflops", "train.parallel", "train.timeout",
     "train.on_save_error", "train.deterministic", "optimizer.skip_above", "data.workers", "data.cache", "data.folder",
-    "data.features",
+    "data.features", "data.validation_folder", "data.validation_features",
 }  # fmt: skip
 
 
@@ -50,6 +59,7 @@ FREE_TO_CHANGE = {
 class Session:
     """A run that is ready for its next step."""
 
+    config: TrainConfig  # as it holds for this run
     run: Path
     data: Data
     state: TrainState
@@ -73,6 +83,7 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
         InputError: anything wrong with the configuration, the data or the run's folder.
     """
     extensions = load_extensions(config.extensions)
+    config, notes = settle_draws(config)
     check_shapes(config)
     if config.train.parallel == "fsdp":
         check_sharded(config.optimizer.name, config.train.mixed_precision)
@@ -86,7 +97,7 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
         data = load_features(spec, accelerator, autoencoder)
     else:
         data = load_images(spec, accelerator, autoencoder)
-    accelerator.print(data.report)
+    accelerator.print("\n".join([*notes, data.report]))
     encoders = fingerprint_encoders(config, data, autoencoder, accelerator, moved="text.model" in changes)
     notes = check_encoders(run, config, changes, encoders)
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None, onednn=onednn)
@@ -106,7 +117,7 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
         f"{processes.count} × {accelerator.device.type}{' (fsdp)' * (config.train.parallel == 'fsdp')}; output {run}"
     )
     start_trackers(accelerator, config)
-    return Session(run, data, state, loader, autoencoder, checkpoint is not None)
+    return Session(config, run, data, state, loader, autoencoder, checkpoint is not None)
 
 
 def fingerprint_encoders(
@@ -171,8 +182,7 @@ def open_run(
         if config.resume == "never" and checkpoints(run):
             raise InputError(f"{run} holds a run already; choose another output, or set resume=auto to go on with it")
         # through the dataclass: a key that came after the run began has its default there
-        stored_config = resolve_paths(load_config(TrainConfig, stored, run_code=False))
-        before, now = flatten(to_dict(stored_config)), flatten(to_dict(config))
+        before, now = flatten(to_dict(resolve_paths(read_run_config(run)))), flatten(to_dict(config))
         pairs = {key: (before.get(key), now.get(key)) for key in sorted({*before, *now})}
         if checkpoint is not None:
             changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -189,7 +199,7 @@ def open_run(
             remove_partial(run)
             # a run that goes on keeps its configuration until it does; writing it shows whether the disk takes it
             text = dump_yaml(config) if checkpoint is None else stored.read_text(encoding="utf-8")
-            write_file(stored, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(stored, text)
             keep_extensions(run, extensions)
         except OSError as error:
             problem = str(error)

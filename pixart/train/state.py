@@ -1,12 +1,8 @@
 """What a resume needs, as one record: taken from a running state, and put back into one."""
 
-import functools
-import platform
 import random
-import subprocess
 import warnings
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from pixart.config import to_dict
 from pixart.cpu import BOTH_LIBRARIES, uses_onednn
 from pixart.diffusion.objective import Example
 from pixart.errors import InputError
+from pixart.provenance import revision, versions
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, is_sharded, local, rows, whole
 from pixart.train.optimizer_state import Moments, read_moments, take_moments
@@ -27,7 +24,6 @@ from pixart.train.parts import MODEL, Parts, leaves_unused
 from pixart.train.throughput import CallCounter
 
 STATE = "training.pt"
-LIBRARIES = ("pixart", "torch", "accelerate", "timm", "transformers", "safetensors", "numpy")
 
 
 @dataclass
@@ -123,7 +119,8 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
         "config": to_dict(config),
         "processes": state.processes.count,
         "onednn": uses_onednn(state.parts.network),
-        **_provenance(),
+        "versions": versions(),
+        "revision": revision(),
     }
     staging.finish()
     return Snapshot(state.progress.step, modules, moments, record)
@@ -209,24 +206,3 @@ def _restore_rng(rng: dict) -> None:
     torch.set_rng_state(rng["torch"])
     if rng["cuda"] and len(rng["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(rng["cuda"])
-
-
-@functools.cache
-def _provenance() -> dict:
-    """Versions of what computes, and the git revision of this package; "unknown" where it is in no repository."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "unknown"
-    here = Path(__file__)
-    try:  # an installed copy may lie within some other repository: ask about this very file first
-        for question in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
-            answer = subprocess.run(
-                ["git", *question], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True
-            )
-        revision = answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    return {"versions": versions, "revision": revision}

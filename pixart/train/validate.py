@@ -1,7 +1,6 @@
 """Looking at a run while it trains: the loss on held-out images, and sample grids."""
 
 import math
-import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pixart.contact_sheet import contact_sheet
 from pixart.data.samples import collate
-from pixart.diffusion.denoising_error import RATIOS, denoising_errors
+from pixart.diffusion.denoising_error import RATIOS, denoising_errors, mean_error
 from pixart.inference.latents import decode, sample_latents, to_images
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import whole_model
@@ -23,7 +22,7 @@ from pixart.train.timestep_bins import quarter_means, sum_by_quarter
 @torch.no_grad()
 def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     """The averaged weights on the held-out images under fixed noise: the loss, in all and by quarter of its times, and
-    the error of the clean pictures, in all and by ratio of noise to signal (see `denoising_errors`)."""
+    the error of the clean images by ratio of noise to signal (see `denoising_errors`), with their geometric mean."""
     state, held_out, processes = session.state, session.data.held_out, session.state.processes
     device, ema, objective = state.accelerator.device, state.parts.average, state.parts.averaged_objective()
     sums, errors = torch.zeros(2, 4, device=device), torch.zeros(len(RATIOS), device=device)
@@ -57,7 +56,7 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
         "validation_loss": total / count,
         **quarter_means(sums, "validation_loss"),
         **{f"validation_{name}": state.accelerator.reduce(value).item() / count for name, value in terms.items()},
-        "validation_error": statistics.fmean(by_ratio),
+        "validation_error": mean_error(by_ratio),
         **{f"validation_error_{ratio:g}": error for ratio, error in zip(RATIOS, by_ratio, strict=True)},
     }
 
