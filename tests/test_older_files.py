@@ -15,9 +15,11 @@ from pixart.checkpoint.init_from import start_from
 from pixart.checkpoint.load import load_model, load_with_card
 from pixart.config import load_config, to_dict
 from pixart.features.store import FeatureStore, verify
+from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes
+from pixart.train.loop import train
 from pixart.train.setup import build_state
 from pixart.train.state import load_checkpoint
 from toy import relative, tiny_inputs
@@ -79,7 +81,8 @@ def test_a_runs_checkpoint_goes_into_a_run_bit_for_bit():
     accelerator = Accelerator(cpu=True)
     state = build_state(config, accelerator, Processes(accelerator, 60), None, fresh=False)
     checkpoint = FILES / "run" / "checkpoints" / "step_00000002"
-    assert load_checkpoint(state, checkpoint) == []
+    notes = load_checkpoint(state, checkpoint)
+    assert all("written with oneDNN's matrix product" in note for note in notes)  # as it was, where there is that
     for kind, module in (("model", state.parts.network), ("ema", state.parts.average)):
         stored = load_file(checkpoint / kind / "model.safetensors")
         assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in stored.items())
@@ -107,3 +110,20 @@ def test_a_store_opens_and_gives_the_same_samples(tmp_path, tensors, values):
     null, tokens = store.null_states()
     assert torch.equal(null, tensors["store null"])
     assert tokens == expected["null tokens"]
+
+
+def test_a_run_of_before_goes_on_with_its_own_draws_and_its_own_split(tmp_path, capsys):
+    run = Path(shutil.copytree(FILES / "run", tmp_path / "run"))
+    config = load_config(
+        TrainConfig, run / "config.yaml", [f"output={run}", f"data.features={FILES / 'store'}", "train.steps=6"]
+    )
+    train(config)
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] > 2]
+    # what that revision itself came to from this checkpoint and this store
+    expected = [(0.8681703, 1.1223012), (0.8659724, 0.7528369), (0.8657113, 0.5977573), (0.8587168, 0.7872607)]
+    for row, (loss, norm) in zip(rows, expected, strict=True):
+        assert (row["loss"], row["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
+    said = capsys.readouterr().out
+    assert "drawn in one order, not by name: data.draws in_order" in said
+    assert "noise depended on seed: data.split_seed 0" in said
+    assert load_config(TrainConfig, run / "config.yaml").data.draws == "in_order"  # and so it is from then on
