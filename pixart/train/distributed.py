@@ -118,7 +118,7 @@ def shard(module: nn.Module, device: torch.device, *, trained: bool = True) -> N
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in module.modules():
-        if isinstance(part, PixArt):
+        if isinstance(part, PixArt) and not isinstance(part, FSDPModule):
             for block in part.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     # a module that is never trained has no backward pass that would take its outer layers apart again
