@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pixart.diffusion.objective as objective_module
 import pixart.train.loop as loop_module
 import pixart.train.saving as saver_module
-import pixart.train.step as step_module
 from chaos import tensors
 from pixart.checkpoint.files import checkpoints, newest_checkpoint, verify
 from pixart.errors import InputError
@@ -125,14 +125,14 @@ def test_the_loss_scaler_and_the_skipping_go_together():
 
 
 def test_skipped_steps_are_named_with_their_samples(base, monkeypatch, capsys):
-    original, calls = step_module.diffusion_loss, []
+    original, calls = objective_module.diffusion_loss, []
 
     def poisoned(*arguments):
         losses = original(*arguments)
         calls.append(1)
         return {**losses, "loss": losses["loss"] * {3: math.nan, 5: 1e9}.get(len(calls), 1)}
 
-    monkeypatch.setattr(step_module, "diffusion_loss", poisoned)
+    monkeypatch.setattr(objective_module, "diffusion_loss", poisoned)
     result = train(build(base, train__log_every=4, train__steps=8, optimizer__skip_above=1e6))
     skipped = [json.loads(line) for line in (result.run / "skipped.jsonl").read_text().splitlines()]
     assert [(row["step"], row["reason"], len(row["ids"])) for row in skipped] == [(3, "non-finite", 4), (5, "spike", 4)]

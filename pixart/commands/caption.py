@@ -5,19 +5,19 @@ Under torchrun or in a Slurm array each process takes its share; data.captions t
 
 import argparse
 import os
-from typing import get_args
 
 import torch
 
 from pixart import cli
 from pixart.data.captioner import CaptionConfig, write_captions
-from pixart.data.config import DataConfig, Format
+from pixart.data.config import DataConfig
+from pixart.data.sources import SOURCES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+", help="as data.folder: folder, tar shards, table, official list, SAM layout")
-    parser.add_argument("--format", default="auto", choices=get_args(Format), help="of the data")
+    parser.add_argument("--format", default="auto", choices=("auto", *SOURCES), help="of the data")
     parser.add_argument("--images", help="where the paths of an official list start")
     parser.add_argument("--output", required=True, help="a .jsonl file")
     parser.add_argument("--model", default=CaptionConfig.model, help="folder or Hub id: any image-text-to-text model")
