@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart.errors import InputError
@@ -97,6 +98,7 @@ def _run(model: PixArt, height: int, width: int, length: int, conditions: Shapes
         return call
 
     with torch.device("meta"), ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())  # who counts around this call does not count it
         given = {name: torch.empty(1, *shape) for name, shape in conditions.items()}
         if config.micro_conditions:
             given |= {"size": torch.empty(1, 2), "aspect_ratio": torch.empty(1)}
