@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pixart.config import setting
 from pixart.errors import InputError
 from pixart.model.embed import POSITIONS, CaptionEmbedder, NumberEmbedder, PatchEmbed
 from pixart.model.initialize import initialize
@@ -36,8 +37,8 @@ class PixArtConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     patch_size: int = 2
-    in_channels: int = 4
-    learn_sigma: bool = True  # 2·C output channels: the prediction and the variance
+    in_channels: int = setting(4, compare="images")
+    learn_sigma: bool = setting(True, compare="loss")  # 2·C output channels: the prediction and the variance
     caption_channels: int = 4096  # width of the text encoder's states
     caption_length: int = 120  # tokens of the null caption, and the length captions are cut to
     micro_conditions: bool = False  # embed the picture's size and aspect ratio (α 1024-MS)
