@@ -27,6 +27,10 @@ MEANINGS: dict[str, tuple] = {
     "resume": ("fixed", "free", "quiet"),
     "compare": ("listed", "loss", "images", "quiet"),
     "path": (False, True),
+    "option": (False, True),
+    "diffusers": ("default", "any", "told"),
+    "start": ("told", "shown"),
+    "described": (False, True),
 }
 YAML_WORDS = {True: ("yes", "on"), False: ("no", "off")}  # that it reads as truth values
 
@@ -51,6 +55,12 @@ def setting(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MI
                 "images", they are validated on other images, latents or captions; "quiet", they are the same
                 experiment.
             path: it may name a file or folder; of a mapping, its keys may.
+            option, of sampling: not every sampler has it, and one that lacks it refuses another value than the default.
+            diffusers, of a network in an export: "default", another value cannot be expressed; "any", it can; "told",
+                that too, and diffusers' config.json tells it, which the tensors do not.
+            start, of a network that starts from another's weights: "told", a difference is; "shown", the tensors that
+                are new or left out show it.
+            described: `describe` has a line for it; of the others it lists those that are not as by default.
     """
     for name, value in says.items():
         assert value in MEANINGS[name], f"{name}={value!r}"
@@ -69,9 +79,9 @@ def meaning(cls: type, key: str, name: str) -> Any:
     return found
 
 
-def names_with(cls: type, name: str, *values: Any) -> set[str]:
-    """The fields of a dataclass that say one of `values` under `name`."""
-    return {field.name for field in dataclasses.fields(cls) if meaning(cls, field.name, name) in values}
+def names_with(cls: type, name: str, *values: Any) -> list[str]:
+    """The fields of a dataclass that say one of `values` under `name`, in their order."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get(name, MEANINGS[name][0]) in values]
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = True) -> T:

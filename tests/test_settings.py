@@ -29,7 +29,7 @@ def test_what_a_setting_does_not_say_is_as_its_section_says_else_the_strictest()
     assert [meaning(Outer, key, "resume") for key in keys] == ["free", "free", "quiet", "fixed", "quiet"]
     assert meaning(Outer, "strict.mapping.any.key", "compare") == "images"
     assert meaning(Outer, "strict.plain", "compare") == "listed"
-    assert names_with(Inner, "resume", "quiet") == {"own"}
+    assert names_with(Inner, "resume", "quiet") == ["own"]
     with pytest.raises(AssertionError, match="resume='fre'"):
         setting(1, resume="fre")
 
