@@ -22,7 +22,16 @@ from pixart.errors import InputError
 from pixart.extensions import load_extensions
 
 T = TypeVar("T")
-PATH = {"path": True}  # metadata of a field that may name a file or folder; of a mapping, its keys may
+# what a setting may say of itself, see `setting`; the first of each is what holds where nothing is said
+MEANINGS: dict[str, tuple] = {
+    "resume": ("fixed", "free", "quiet"),
+    "compare": ("listed", "loss", "images", "quiet"),
+    "path": (False, True),
+    "option": (False, True),
+    "diffusers": ("default", "any", "told"),
+    "start": ("told", "shown"),
+    "described": (False, True),
+}
 YAML_WORDS = {True: ("yes", "on"), False: ("no", "off")}  # that it reads as truth values
 
 
@@ -32,6 +41,47 @@ class _Settings(dict):
     def __init__(self, items: dict, places: dict[str, str]):
         super().__init__(items)
         self.places = places
+
+
+def setting(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **says: Any) -> Any:
+    """A dataclass's field that says, beside its default, what it or a change of it means.
+
+    Args:
+        default, factory: as of `dataclasses.field`.
+        says: what is left out is as the section says that holds the field, else the strictest.
+            resume, of a change under a run that goes on: "fixed", it would be another run and is refused; "free", it is
+                told; "quiet", it is not worth telling.
+            compare, of a difference between runs: "listed", that is all; "loss", their losses measure different things;
+                "images", they are validated on other images, latents or captions; "quiet", they are the same
+                experiment.
+            path: it may name a file or folder; of a mapping, its keys may.
+            option, of sampling: not every sampler has it, and one that lacks it refuses another value than the default.
+            diffusers, of a network in an export: "default", another value cannot be expressed; "any", it can; "told",
+                that too, and diffusers' config.json tells it, which the tensors do not.
+            start, of a network that starts from another's weights: "told", a difference is; "shown", the tensors that
+                are new or left out show it.
+            described: `describe` has a line for it; of the others it lists those that are not as by default.
+    """
+    for name, value in says.items():
+        assert value in MEANINGS[name], f"{name}={value!r}"
+    return dataclasses.field(default=default, default_factory=factory, metadata=says)
+
+
+def meaning(cls: type, key: str, name: str) -> Any:
+    """What `key`, dotted as in `flatten`, of a configuration of class `cls` says of itself under `name`."""
+    found = MEANINGS[name][0]
+    for part in key.split("."):
+        field = cls.__dataclass_fields__[part]
+        found = field.metadata.get(name, found)
+        cls = typing.get_type_hints(cls)[part]
+        if not dataclasses.is_dataclass(cls):  # what follows are keys of a mapping
+            break
+    return found
+
+
+def names_with(cls: type, name: str, *values: Any) -> list[str]:
+    """The fields of a dataclass that say one of `values` under `name`, in their order."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get(name, MEANINGS[name][0]) in values]
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = True) -> T:
@@ -144,8 +194,8 @@ def differences(config: Any) -> dict:
 def resolve_paths(config: T, before: T | None = None) -> T:
     """A dataclass that means the same from any working directory.
 
-    In its `PATH` fields, what is there is named by its absolute path; other names, as Hub ids, stay. What is not there
-    any more, but was when `before` was resolved, is named as in it.
+    In the fields that say they are a `path`, what is there is named by its absolute path; other names, as Hub ids,
+    stay. What is not there any more, but was when `before` was resolved, is named as in it.
     """
 
     def resolve(name: str | None, known: Collection[str]) -> str | None:

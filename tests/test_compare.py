@@ -50,7 +50,7 @@ def test_the_table_has_what_the_runs_logged_and_names_what_differs(runs):
 def test_runs_on_other_pictures_are_said_to_be(runs, tmp_path):
     other = tmp_path / "c"
     shutil.copytree(runs[0], other)
-    assert "other pictures" not in compare_runs([runs[0], other])
+    assert "other images" not in compare_runs([runs[0], other])
     text = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(text.replace("data:\n", "data:\n  flip: true\n"))
     assert "captions in each of these runs (data.flip differ)" in compare_runs([runs[0], other])
@@ -65,9 +65,9 @@ def test_runs_of_two_seeds_are_validated_on_the_same_images_unless_they_began_wh
     shutil.copytree(runs[0], other)
     text = (other / "config.yaml").read_text()
     assert "split_seed: 0" in text
-    (other / "config.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1"))
-    assert "other pictures" not in compare_runs([runs[0], other])
-    (other / "config.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1").replace("  split_seed: 0\n", ""))
+    (other / "config.yaml").write_text(text + "seed: 1\n")
+    assert "other images" not in compare_runs([runs[0], other])
+    (other / "config.yaml").write_text(text.replace("  split_seed: 0\n", "") + "seed: 1\n")
     assert "captions in each of these runs (data.split_seed differ)" in compare_runs([runs[0], other])
 
 

@@ -424,8 +424,9 @@ DEFAULTS = {
     "data": {
         "folder": "pictures", "features": None, "mix": {}, "format": "auto", "captions": {}, "images": None,
         "prepare": None, "resolution": 256, "aspect_ratios": False, "buckets": [], "every": 1, "validation": 0.0,
+        "validation_folder": None, "validation_features": None, "split_seed": None,
         "flip": False, "posterior": "sample", "random_crop": False, "max_crop": 0.5, "leftovers": "drop", "workers": 2,
-        "cache": False, "text_dtype": "bfloat16", "conditions": {}, "targets": {}, "draws": "by_name",
+        "cache": False, "text_dtype": "bfloat16", "conditions": {}, "targets": {}, "draws": None,
     },
     "objective": {"name": "denoising", "options": {}},
     "train": {

@@ -198,8 +198,8 @@ def test_settings_of_held_out_images_that_contradict_each_other_are_refused(base
 
 
 def test_a_number_that_is_not_finite_is_null_in_every_file_and_is_said(base, monkeypatch, capsys):
-    def start_and_lose_images(config):
-        session = start(config)
+    def start_and_lose_images(config, **options):
+        session = start(config, **options)
         for record in session.data.held_out.dataset.records:
             record.picture.unlink()  # none of them can be read any more
         return session

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from pixart.config import setting
 from pixart.cpu import use_onednn
 from pixart.errors import InputError
 
@@ -43,14 +44,14 @@ class Settings:
     tokens: int = 120  # of a caption, none of them padding
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
-    rounds: int = 3
+    rounds: int = setting(3, compare="quiet")
     text_width: int = 512  # of the random T5; XXL's is 4096
     text_layers: int = 8  # XXL has 24
     config: str = "configs/openmoji.yaml"  # of the case "train"
     source: str | None = None  # of the case "load", as load_model takes it; none is random weights of the preset
-    programs: tuple[str, ...] = ()  # those to run; none is all that fit the device
-    memory: bool = True  # run each program once more, in a process of its own
-    keep_memory: bool = True  # as our scripts do; else as the C library does unasked
+    programs: tuple[str, ...] = setting((), compare="quiet")  # those to run; none is all that fit the device
+    memory: bool = setting(True, compare="quiet")  # run each program once more, in a process of its own
+    keep_memory: bool = setting(True, compare="quiet")  # as our scripts do; else as the C library does unasked
 
     def __post_init__(self):
         if min(self.height, self.width, self.tokens, self.rounds, 1 if self.batch == "largest" else self.images) < 1:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from pixart import files
-from pixart.benchmark.measure import COMPILED, Call, Result
+from pixart.benchmark.measure import COMPILED, Call, Result, Settings
+from pixart.config import names_with
 from pixart.errors import InputError
 
 COLUMNS = ("case", "program", "median", "spread", "ours is", "memory", "GFLOP/s", "of the product", "note")
@@ -92,7 +93,7 @@ def compare(results: list[Result], path: Path) -> str:
 
 
 def _key(row: dict) -> tuple:
-    free = ("rounds", "programs", "memory", "keep_memory")  # that change no figure's meaning
+    free = names_with(Settings, "compare", "quiet")  # that change no figure's meaning
     settings = {key: value for key, value in row["settings"].items() if key not in free}
     settings["batch"] = row["images"]  # which none and "largest" come to
     return row["case"], row["program"], json.dumps(settings, sort_keys=True)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,10 @@ from pixart.checkpoint.files import WEIGHTS, ModelCard
 from pixart.checkpoint.load import Plan, check_one_dtype, make_plan, network_card, non_finite
 from pixart.checkpoint.locate import Found, locate
 from pixart.checkpoint.save import FORMATS, refusal
+from pixart.config import names_with
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
 from pixart.model.pixart import PRESETS, PixArtConfig
-
-# fields of PixArtConfig that `_facts` has lines for; it lists all others that are not as by default
-_HAVE_LINES = {
-    "hidden_size", "depth", "num_heads", "patch_size", "caption_channels", "caption_length", "micro_conditions",
-    "latent_size", "position_scale", "kv_compression", "kv_ratio", "kv_blocks", "qk_norm",
-}  # fmt: skip
 
 
 def describe(
@@ -121,5 +115,5 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 
 def _other_settings(config: PixArtConfig) -> str:
     plain = type(config)()
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _HAVE_LINES}
+    values = {name: getattr(config, name) for name in names_with(type(config), "described", False)}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value != getattr(plain, name))

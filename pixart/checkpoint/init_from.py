@@ -1,7 +1,6 @@
 """Starting a training run from other weights: another PixArt, or DiT re-parametrised (PixArt-α, section 2.3)."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import diffusers_parts
 from pixart.checkpoint.load import network_card, non_finite
 from pixart.checkpoint.locate import Found, locate
+from pixart.config import names_with
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
 from pixart.model.embed import sinusoid
@@ -71,13 +71,12 @@ def _check_heads(model: PixArt, found: Found, card: ModelCard | None, state: Map
 
 def _differences(card: ModelCard, config: PixArtConfig, diffusion: DiffusionConfig | None) -> list[str]:
     """Settings that differ, a line each, but for those whose tensors are spoken of as new or left out."""
-    told = {"micro_conditions", "kv_compression", "kv_ratio", "kv_blocks", "qk_norm", "caption_length"}
     pairs = [("model", card.model, config)] + ([("diffusion", card.diffusion, diffusion)] if diffusion else [])
     return [
-        f"{section}.{field.name}: {getattr(before, field.name)} in the source, {getattr(now, field.name)} here"
+        f"{section}.{name}: {getattr(before, name)} in the source, {getattr(now, name)} here"
         for section, before, now in pairs
-        for field in fields(now)
-        if field.name not in told and getattr(before, field.name) != getattr(now, field.name)
+        for name in names_with(type(now), "start", "told")
+        if getattr(before, name) != getattr(now, name)
     ]
 
 

@@ -33,12 +33,11 @@ from pixart.checkpoint.detect import (
 from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.checkpoint.locate import Found, locate
-from pixart.config import build, build_written, to_dict
+from pixart.config import build, build_written, names_with, to_dict
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
 from pixart.model.pixart import PixArt, PixArtConfig
 
-_SETTLED = ("num_heads", "latent_size", "position_scale")  # what config.json and a card both tell
 GROUP_BYTES = 256 << 20  # copied between two maps of the file
 
 
@@ -156,7 +155,8 @@ def _by_tensors(found: Found, state: dict[str, Tensor], overrides: dict[str, Any
                 raise contradiction(found.name, "its card says", name, getattr(card.model, name), evidence.fields)
     told = settings_fields(found, evidence, overrides or {})
     if card is not None:
-        if other := [name for name in told if name in _SETTLED and told[name] != getattr(card.model, name)]:
+        both = names_with(PixArtConfig, "diffusers", "told")  # by config.json and by the card
+        if other := [name for name in told if name in both and told[name] != getattr(card.model, name)]:
             raise InputError(
                 f"{found.name}: its config.json says {other[0]} {told[other[0]]}, its card "
                 f"{getattr(card.model, other[0])}; one of the two was changed"

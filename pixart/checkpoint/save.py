@@ -1,7 +1,7 @@
 """A model in any format: ours, the authors' .pth, diffusers' transformer folder or its whole pipeline."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
 from pixart.checkpoint.parts import check_parts, copy_text, copy_vae, describe_parts, local_parts, portable
 from pixart.checkpoint.weights import CARD_KEY, Weights
-from pixart.config import differences
+from pixart.config import differences, names_with
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.text import find_text_parts
 from pixart.errors import InputError
@@ -27,13 +27,6 @@ from pixart.model.pixart import PixArt, PixArtConfig
 
 Format = Literal["ours", "official", "diffusers", "diffusers-pipeline"]
 FORMATS: tuple[str, ...] = get_args(Format)
-# fields of PixArtConfig that may have any value in an export to diffusers; another must have its default
-IN_DIFFUSERS = {
-    "hidden_size", "depth", "num_heads", "patch_size", "in_channels", "learn_sigma", "caption_channels",
-    "micro_conditions", "latent_size", "position_scale",  # as `_write_transformer` writes them
-    "caption_length",  # told by the pipeline's class and our card
-    "kv_ratio", "kv_blocks",  # mean nothing without kv_compression
-}  # fmt: skip
 
 
 def save(
@@ -118,12 +111,12 @@ def refusal(card: ModelCard, format: str, *, has_null: bool) -> str | None:
 
 
 def _unknown_to_diffusers(config: PixArtConfig) -> list[str]:
-    """What diffusers has no setting for, in words: every field but `IN_DIFFUSERS` that differs from its default."""
+    """What diffusers has no setting for, in words."""
     plain = type(config)()
     values = {
-        field.name: getattr(config, field.name)
-        for field in fields(config)
-        if field.name not in IN_DIFFUSERS and getattr(config, field.name) != getattr(plain, field.name)
+        name: getattr(config, name)
+        for name in names_with(type(config), "diffusers", "default")
+        if getattr(config, name) != getattr(plain, name)
     }
     words = {"kv_compression": f"key compression ({config.kv_compression})"}
     return [words.get(name, name if value is True else f"{name} {value}") for name, value in values.items()]

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pixart.config import names_with, setting
 from pixart.diffusion import distilled, samplers
 from pixart.diffusion.guidance import Denoise
 from pixart.diffusion.sa_solver import sa_solver
@@ -26,12 +27,12 @@ class SampleConfig:
     guidance_low: float = 0.0  # times at which to guide
     guidance_high: float = 1000.0
     rescale: float = 0.0  # of the guided contrast, 0 … 1
-    order: Literal[1, 2, 3] = 2  # dpm_solver
-    ending: Literal["sigma", "alpha"] = "sigma"  # dpm_solver
-    eta: float = 0.0  # ddim
-    tau: float = 1.0  # sa_solver: noise added on the way, 0 is none
-    clip_x0: bool = False  # iddpm and ddim, for models of pixels
-    shift: float = 1.0  # euler and heun
+    order: Literal[1, 2, 3] = setting(2, option=True)  # dpm_solver
+    ending: Literal["sigma", "alpha"] = setting("sigma", option=True)  # dpm_solver
+    eta: float = setting(0.0, option=True)  # ddim
+    tau: float = setting(1.0, option=True)  # sa_solver: noise added on the way, 0 is none
+    clip_x0: bool = setting(False, option=True)  # iddpm and ddim, for models of pixels
+    shift: float = setting(1.0, option=True)  # euler and heun
 
     def __post_init__(self):
         if self.steps is not None and self.steps < 1:
@@ -74,7 +75,6 @@ for _name, _sampler in {
 }.items():
     SAMPLERS.register(_name)(_sampler)
 GUIDANCE = 4.5  # of the released models
-_OPTIONS = ("order", "ending", "eta", "tau", "clip_x0", "shift")  # of SampleConfig, which not every sampler has
 
 
 def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
@@ -89,7 +89,7 @@ def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
     if flow != chosen.flow:
         fitting = [other for other in SAMPLERS if flow == SAMPLERS[other].flow]
         raise InputError(f"sampler '{name}' does not fit this model's schedule, which takes {' or '.join(fitting)}")
-    for option in _OPTIONS:
+    for option in names_with(SampleConfig, "option", True):
         if option not in chosen.options and getattr(config, option) != getattr(SampleConfig, option):
             raise InputError(f"sampler '{name}' has no option '{option}'")
     guidance = config.guidance if config.guidance is not None else 1.0 if chosen.distilled else GUIDANCE

@@ -1,13 +1,13 @@
 """Between pixels and what the network denoises. Every autoencoder speaks pixels [-1, 1] ↔ scaled latents."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from pixart.config import PATH
+from pixart.config import setting
 from pixart.encoders.vae import VaeAutoencoder, VaeConfig
 from pixart.errors import InputError
 
@@ -21,7 +21,7 @@ class AutoencoderConfig:
 
     kind: Literal["identity", "kl"] = "identity"  # "kl" is the VAE of SD (PixArt-α) or SDXL (PixArt-Σ)
     # of the VAE: a folder, a weights file, or a Hub id (owner/name or owner/name/subfolder)
-    source: str = field(default="", metadata=PATH)
+    source: str = setting("", path=True)
     scale: float | None = None  # the VAE's scaling factor; another one in its files is refused
 
     def __post_init__(self):

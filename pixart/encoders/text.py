@@ -8,14 +8,14 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixart.config import PATH
+from pixart.config import setting
 from pixart.cpu import give_memory_back
 from pixart.encoders.caption_cleaning import clean_caption
 from pixart.errors import InputError, missing_extra
@@ -27,7 +27,7 @@ class TextConfig:
 
     # a folder with an encoder and its tokenizer, a pipeline folder of diffusers, a Hub id, or pip:PACKAGE for weights
     # inside an installed package
-    model: str = field(default="DeepFloyd/t5-v1_1-xxl", metadata=PATH)
+    model: str = setting("DeepFloyd/t5-v1_1-xxl", path=True)
     length: int = 120  # longest caption in tokens; longer ones are cut in training, refused in sampling
     clean: bool = True  # α's cleaning; Σ has none
     # the unconditional branch: "buffer" is the model's own null caption under the prompt's mask (α's authors), "empty"

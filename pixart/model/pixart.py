@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pixart.config import setting
 from pixart.errors import InputError
 from pixart.model.embed import POSITIONS, CaptionEmbedder, NumberEmbedder, PatchEmbed
 from pixart.model.initialize import initialize
@@ -31,22 +32,27 @@ Edit = Callable[[int, Tensor], Tensor]  # a block's number and the stream after 
 class PixArtConfig:
     """Everything that makes a PixArt; the defaults are PixArt-α XL/2 at 256 px."""
 
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
+    hidden_size: int = setting(1152, diffusers="any", described=True)
+    depth: int = setting(28, diffusers="any", described=True)
+    num_heads: int = setting(16, diffusers="told", described=True)
     mlp_ratio: float = 4.0
-    patch_size: int = 2
-    in_channels: int = 4
-    learn_sigma: bool = True  # 2·C output channels: the prediction and the variance
-    caption_channels: int = 4096  # width of the text encoder's states
-    caption_length: int = 120  # tokens of the null caption, and the length captions are cut to
-    micro_conditions: bool = False  # embed the picture's size and aspect ratio (α 1024-MS)
-    latent_size: int = 32  # native side of the latent, where token coordinates are whole numbers
-    position_scale: float = 1.0  # coordinates are divided by it
-    kv_compression: Literal["conv", "uniform"] | None = None
-    kv_ratio: int = 2  # side of the square of tokens that becomes one key and value
-    kv_blocks: tuple[int, ...] = ()  # the blocks that compress
-    qk_norm: bool = False
+    patch_size: int = setting(2, diffusers="any", described=True)
+    in_channels: int = setting(4, diffusers="any", compare="images")
+    # 2·C output channels: the prediction and the variance
+    learn_sigma: bool = setting(True, diffusers="any", compare="loss")
+    caption_channels: int = setting(4096, diffusers="any", described=True)  # width of the text encoder's states
+    # tokens of the null caption, and the length captions are cut to; diffusers' pipeline tells it by its class
+    caption_length: int = setting(120, diffusers="any", start="shown", described=True)
+    # embed the image's size and aspect ratio (α 1024-MS)
+    micro_conditions: bool = setting(False, diffusers="any", start="shown", described=True)
+    # native side of the latent, where token coordinates are whole numbers
+    latent_size: int = setting(32, diffusers="told", described=True)
+    position_scale: float = setting(1.0, diffusers="told", described=True)  # coordinates are divided by it
+    kv_compression: Literal["conv", "uniform"] | None = setting(None, start="shown", described=True)
+    # side of the square of tokens that becomes one key and value; means nothing without kv_compression, as the next
+    kv_ratio: int = setting(2, diffusers="any", start="shown", described=True)
+    kv_blocks: tuple[int, ...] = setting((), diffusers="any", start="shown", described=True)  # that compress
+    qk_norm: bool = setting(False, start="shown", described=True)
     conditioning: str = "adaln_single"  # by name, as the next ones: a key of CONDITIONING
     positions: str = "sincos"  # of POSITIONS
     attention: str = "softmax"  # of ATTENTION

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import torch
 
-from pixart.config import flatten, to_dict
+from pixart.config import flatten, meaning, to_dict
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.model.flops import forward_flops
 from pixart.study.plots import name_runs
 from pixart.train.config import TrainConfig
-from pixart.train.history import CONFIG, FILE, QUIET, read_run_config
+from pixart.train.history import CONFIG, FILE, read_run_config
 from pixart.train.report import BY_RATIO, ERROR, find_ratios, is_number, last_and_best, last_value, read_metrics
 
-# keys in which runs differ without being other experiments
-ALSO_QUIET = (*QUIET, "prompts", "train.trackers", "train.timeout", "train.keep")
-OF_PICTURES = ("data.", "vae.", "text.", "model.in_channels")  # what validation is done on
 COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
            "validation_error", "its best, at step")  # and the errors at every ratio of noise to signal  # fmt: skip
 
@@ -38,25 +35,29 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     head = (*COLUMNS, *(f"at {ratio}" for ratio in ratios))
     lines = _table([head, *(_row(*of, ratios) for of in zip(names, configs, metrics, strict=True))])
     flat = [flatten(to_dict(config)) for config in configs]
-    keys = [key for key in dict.fromkeys(key for of in flat for key in of) if key not in ALSO_QUIET]
+    keys = [key for key in dict.fromkeys(key for of in flat for key in of) if _meaning(key) != "quiet"]
     differing = [key for key in keys if len({json.dumps(of.get(key)) for of in flat}) > 1]
     if differing:
         rows = [(key, *(json.dumps(of.get(key), ensure_ascii=False) for of in flat)) for key in differing]
         lines += ["", *_table([("setting", *names), *rows])]
-    if measured := [key for key in differing if key.startswith("diffusion.") or key == "model.learn_sigma"]:
+    if measured := [key for key in differing if _meaning(key) == "loss"]:
         lines.append(
             f"\nloss and validation_loss measure another thing in each of these runs ({', '.join(measured)} differ): "
             "compare validation_error"
         )
-    other = [key for key in differing if key.startswith(OF_PICTURES)]
+    other = [key for key in differing if _meaning(key) == "images"]
     if len({_held_out(Path(run)) for run in runs}) > 1:
         other.append("the fingerprints in history.jsonl")
     if other:
         lines.append(
-            "\nvalidation_error may be of other pictures, latents or captions in each of these runs "
+            "\nvalidation_error may be of other images, latents or captions in each of these runs "
             f"({', '.join(other)} differ), and then it cannot be compared either"
         )
     return "\n".join(lines)
+
+
+def _meaning(key: str) -> str:
+    return meaning(TrainConfig, key, "compare")
 
 
 def _config(run: Path) -> TrainConfig:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pixart.checkpoint.files import ModelCard
-from pixart.config import PATH
+from pixart.config import setting
 from pixart.data.arrays import Extras
 from pixart.data.config import DataConfig
 from pixart.data.training_set import DataSpec
@@ -51,7 +51,8 @@ class OptimizerConfig:
     options: dict[str, float] = field(default_factory=dict)  # others of the optimizer, by its own names
     groups: tuple[GroupConfig, ...] = ()  # by patterns of names; the first that matches a parameter has it
     clip: float = 1.0  # of the global gradient norm; the authors' is 0.01
-    skip_above: float | None = None  # a step whose gradient norm before clipping is greater is left out
+    # a step whose gradient norm before clipping is greater is left out
+    skip_above: float | None = setting(None, resume="free")
 
     def __post_init__(self):
         if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
@@ -62,28 +63,33 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    steps: int  # optimizer steps of the run
+    steps: int = setting(resume="free")  # optimizer steps of the run
     batch_size: int  # pictures of an optimizer step, over all processes and accumulation steps
-    accumulation: int = 1
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, averages and optimizer over the processes
-    timeout: float = 1800.0  # seconds that a process waits for the others before it gives up
+    accumulation: int = setting(1, resume="free")
+    # fsdp shards weights, averages and optimizer over the processes
+    parallel: Literal["ddp", "fsdp"] = setting("ddp", resume="free")
+    # seconds that a process waits for the others before it gives up
+    timeout: float = setting(1800.0, resume="free", compare="quiet")
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    deterministic: bool = False  # on a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway
+    gradient_checkpointing: bool = setting(False, resume="free")
+    compile: bool = setting(False, resume="free")
+    # on a GPU: kernels that repeat bit for bit, which are slower; a CPU's do anyway
+    deterministic: bool = setting(False, resume="free")
     freeze: tuple[str, ...] = ()  # patterns of parameter names that stay as they are, as "blocks.[0-9].*"
     caption_dropout: float = 0.1
     ema: float = 0.9999  # decay per step
     ema_warmup: bool = False  # lower the decay to (1 + step) / (10 + step) at first
-    log_every: int = 20  # steps, here and below, and at the end; 0 is never, but a run always saves at its end
-    sample_every: int = 0
-    validate_every: int = 0
-    save_every: int = 1000
-    keep: int = 3  # checkpoints to keep
-    on_save_error: Literal["continue", "stop"] = "continue"  # of a full disk, say; a run's last save must succeed
-    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate
+    # steps, here and below, and at the end; 0 is never, but a run always saves at its end
+    log_every: int = setting(20, resume="free")
+    sample_every: int = setting(0, resume="free")
+    validate_every: int = setting(0, resume="free")
+    save_every: int = setting(1000, resume="free")
+    keep: int = setting(3, resume="free", compare="quiet")  # checkpoints to keep
+    # of a full disk, say; a run's last save must succeed
+    on_save_error: Literal["continue", "stop"] = setting("continue", resume="free")
+    trackers: tuple[str, ...] = setting(("tensorboard",), resume="free", compare="quiet")  # of accelerate
     # what mfu is a share of, in TFLOP/s of one device: by its data sheet, or "measure" for what a large product reaches
-    peak_tflops: float | Literal["measure"] | None = None
+    peak_tflops: float | Literal["measure"] | None = setting(None, resume="free")
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "keep", "log_every"):
@@ -104,28 +110,29 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    output: str  # the run's folder
-    data: DataConfig
+    output: str = setting(resume="quiet", compare="quiet")  # the run's folder
+    data: DataConfig = setting(compare="images")
     train: LoopConfig
     seed: int = 0
-    resume: Literal["auto", "never"] = (
-        "auto"  # go on from the newest good checkpoint in `output`, or demand a new folder
-    )
+    # go on from the newest good checkpoint in `output`, or demand a new folder
+    resume: Literal["auto", "never"] = setting("auto", resume="quiet", compare="quiet")
     # files of one's own that register what the names below mean, see `pixart.extensions`; relative to the config's file
-    extensions: tuple[str, ...] = ()
-    accept_changed_extensions: bool = False  # go on with a run although one of them is not what it was
+    extensions: tuple[str, ...] = setting((), resume="free")
+    # go on with a run although one of them is not what it was
+    accept_changed_extensions: bool = setting(False, resume="free")
     # weights a new run starts from: anything `load_model` takes, or a DiT
-    init_from: str | None = field(default=None, metadata=PATH)
+    init_from: str | None = setting(None, path=True)
     model: PixArtConfig = field(default_factory=PixArtConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    diffusion: DiffusionConfig = setting(factory=DiffusionConfig, compare="loss")
+    objective: ObjectiveConfig = setting(factory=ObjectiveConfig, compare="loss")
+    vae: AutoencoderConfig = setting(factory=AutoencoderConfig, compare="images")
+    text: TextConfig = setting(factory=TextConfig, compare="images")
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    prompts: tuple[str, ...] = ()  # of the sample grids
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    extract: ExtractConfig = field(default_factory=ExtractConfig)  # how scripts/extract.py makes data.features
+    sample: SampleConfig = setting(factory=SampleConfig, resume="free")
+    prompts: tuple[str, ...] = setting((), resume="free", compare="quiet")  # of the sample grids
+    evaluate: EvaluateConfig = setting(factory=EvaluateConfig, resume="free")
+    # how data.features are made of data.folder
+    extract: ExtractConfig = setting(factory=ExtractConfig, resume="free")
 
     def __post_init__(self):
         if self.model.learn_sigma and self.diffusion.schedule == "flow":
@@ -139,7 +146,10 @@ class TrainConfig:
         if self.train.sample_every and not self.prompts:
             raise InputError("train.sample_every is set, but there are no prompts to sample")
         if self.train.validate_every and not self.data.holds_out:
-            raise InputError("train.validate_every is set, but neither data.validation nor validation_folder is")
+            raise InputError(
+                "train.validate_every is set, but data.validation holds no image out, and there is no "
+                "data.validation_folder"
+            )
         if self.evaluate.retrieval and (self.data.features or self.data.mix):
             raise InputError("evaluate.retrieval compares pictures; it cannot be on with data.features")
         if self.sample.sampler in (*SAMPLERS, "auto"):  # else of an extension that is not loaded

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart.checkpoint.files import checkpoints
-from pixart.config import dump_yaml, load_config
+from pixart.config import dump_yaml, load_config, meaning
 from pixart.cpu import uses_onednn
 from pixart.data.training_set import Data
 from pixart.errors import InputError
@@ -19,7 +19,6 @@ from pixart.train.state import TrainState
 FILE, CONFIG = "history.jsonl", "config.yaml"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key → the value before and now
 ENCODERS = ("text.model", "vae.source")  # may lie elsewhere when a run goes on, if their weights are the same
-QUIET = ("output", "resume", "data.workers", "data.cache")  # change nothing that a run is
 
 
 def read_run_config(run: Path) -> TrainConfig:
@@ -99,7 +98,7 @@ def note_start(
         what its user should know of changes, a line each.
     """
     step = state.progress.step
-    told = {key: pair for key, pair in changes.items() if key not in QUIET}
+    told = {key: pair for key, pair in changes.items() if meaning(TrainConfig, key, "resume") != "quiet"}
     notes = [f"changed: {key} {before!r} → {now!r}" for key, (before, now) in told.items()]
     if "train.steps" in changes and config.optimizer.schedule != "constant":
         notes.append(_of_learning_rate(config, step, changes["train.steps"][0]))

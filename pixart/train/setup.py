@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
-from pixart.config import dump_yaml, flatten, load_config, resolve_paths, to_dict
+from pixart.config import dump_yaml, flatten, load_config, meaning, resolve_paths, to_dict
 from pixart.cpu import use_onednn
 from pixart.data.training_set import Data, load_encoder, load_images, make_batches
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
@@ -43,16 +43,6 @@ from pixart.train.parts import Parts, count_parameters, make_objective
 from pixart.train.preflight import check_sources
 from pixart.train.saving import remove_partial
 from pixart.train.state import TrainState, load_checkpoint
-
-# changing these under a run that goes on is normal; anything else would make it another run
-FREE_TO_CHANGE = {
-    "output", "resume", "extensions", "accept_changed_extensions",
-    "sample", "prompts", "evaluate", "extract", "train.steps", "train.accumulation",
-    "train.compile", "train.gradient_checkpointing", "train.log_every", "train.sample_every", "train.validate_every",
-    "train.save_every", "train.keep", "train.trackers", "train.peak_tflops", "train.parallel", "train.timeout",
-    "train.on_save_error", "train.deterministic", "optimizer.skip_above", "data.workers", "data.cache", "data.folder",
-    "data.features", "data.validation_folder", "data.validation_features",
-}  # fmt: skip
 
 
 @dataclass
@@ -187,7 +177,7 @@ def open_run(
         if checkpoint is not None:
             changes = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         known = read_encoders(run)  # these may move: their weights are compared once they are loaded
-        if other := {key: pair for key, pair in changes.items() if not _is_free(key) and key not in known}:
+        if other := {key: pair for key, pair in changes.items() if _is_fixed(key) and key not in known}:
             raise _another_configuration(run, other)
     if checkpoint is not None and not config.accept_changed_extensions:
         check_extensions(run, extensions)
@@ -291,5 +281,5 @@ def build_state(
     return TrainState(parts, make_optimizer(trained, config.optimizer), accelerator, processes)
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+def _is_fixed(key: str) -> bool:
+    return meaning(TrainConfig, key, "resume") == "fixed"
