@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import pixart.diffusion.objective as objective_module
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
+from pixart.encoders.text import TextEncoder
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
 from pixart.train.ema import ema_decay, make_ema, update_ema
 from pixart.train.loop import train
 from pixart.train.optimizer import learning_rate, make_optimizer
+from pixart.train.setup import start
 from pixart.train.signals import REQUEUE
-from runs import build, command, environment, make_pictures, run_script, settings, write
+from runs import build, change, command, environment, make_pictures, run_script, settings, write
 
 
 @pytest.fixture(scope="session")
@@ -253,6 +256,48 @@ def test_learning_rates_follow_their_closed_forms():
     assert learning_rate(cosine, 10, 10, 64) == pytest.approx(0.0)
 
 
+def test_auto_lr_is_the_root_of_the_batch_over_256_and_a_schedule_begins_after_the_warm_up():
+    auto = OptimizerConfig(lr=2.0, auto_lr="sqrt", warmup=2, schedule="linear")
+    assert [learning_rate(auto, i, 6, 64) for i in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert learning_rate(auto, 2, 6, 1024) == pytest.approx(4.0)
+
+
+def test_the_logged_rate_is_that_of_the_logged_step(base):
+    run = train(build(base, optimizer__warmup=3, optimizer__lr=0.3, optimizer__schedule="linear")).run
+    assert [row["lr"] for row in metrics(run)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])
+
+
+def test_settings_of_data_and_seed_reach_the_samples_and_their_order(base, tmp_path):
+    folder = make_pictures(tmp_path / "uneven")
+    for path in folder.glob("*.png"):
+        Image.linear_gradient("L").rotate(90).resize((8, 8)).save(path)
+    base = change(base, data__folder=str(folder), data__every=3)
+    plain = start(build(base, train__batch_size=1))
+    changed = start(build(base, train__batch_size=1, output=f"{base['output']}2", seed=1, data__flip=True,
+                          data__posterior="mean"))  # fmt: skip
+    for session in (plain, changed):
+        assert [record.id for record in session.data.train.dataset.records] == ["00.png", "03.png", "06.png"]
+    samples = [[session.data.train.dataset[epoch, 0] for epoch in range(20)] for session in (plain, changed)]
+    still, moved = ({sample["pixels"].numpy().tobytes() for sample in part} for part in samples)
+    mirrored = samples[0][0]["pixels"].flip(-1).contiguous().numpy().tobytes()
+    assert (still < moved, moved - still) == (True, {mirrored})
+    assert [part[0]["posterior_noise"].any().item() for part in samples] == [True, False]
+    orders = [[session.loader.batch_sampler.epoch(epoch) for epoch in range(4)] for session in (plain, changed)]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("null", ["buffer", "empty", "empty_own_mask"])
+def test_the_encoded_empty_text_is_the_null_caption_that_a_run_trains_with(base, null):
+    session = start(build(base, text__null=null))
+    encoder = TextEncoder.load(build(base).text)
+    states, mask = encoder.encode([""], padding="max_length", keep_padding=True)
+    length = {"buffer": 0, "empty": 12, "empty_own_mask": int(mask.sum())}[null]
+    for model in (session.state.parts.network, session.state.parts.average):
+        own = model.y_embedder.y_embedding
+        assert torch.allclose(own[:length], states[0, :length], atol=1e-5)
+        assert not torch.isclose(own[length:], states[0, length:], atol=1e-2).all(1).any()
+
+
 def test_the_ema_follows_its_closed_form():
     model = torch.nn.Linear(3, 2)
     start = model.weight.detach().clone()
@@ -377,17 +422,21 @@ def test_compiled_blocks_train_to_the_same_numbers(base):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(base, tmp_path):
-    changes = {"optimizer__name": "sgd", "optimizer__lr": 1.0, "optimizer__warmup": 0, "optimizer__clip": 1e9,
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_numbers_of_one(base, tmp_path, accumulation):
+    changes = {"optimizer__name": "sgd", "optimizer__lr": 0.1, "optimizer__warmup": 0, "optimizer__clip": 1e9,
                "optimizer__weight_decay": 0.0, "train__steps": 3}  # fmt: skip
     one = train(build(base, **changes)).run
-    config = write(tmp_path / "config.yaml", base, **changes, output=str(tmp_path / "two"))
+    config = write(
+        tmp_path / "config.yaml", base, **changes, output=str(tmp_path / "two"), train__accumulation=accumulation
+    )
     launched = subprocess.run(
-        [command("train")[0], "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *command("train", config)[1:]],
+        [command("train")[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *command("train", config)[1:]],
         env={**environment(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
+    assert "; 2 × cpu" in launched.stdout, "two processes, not one"
     for row, reference in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
         assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
