@@ -230,7 +230,7 @@ def test_guidance_follows_its_formula_and_spares_the_network_where_it_is_off():
 def test_rescaled_guidance_restores_the_contrast():
     x = draw(0)
     conditional = make_denoise(lambda x, t: x * 0.9, LINEAR, DiffusionConfig())
-    # the guided picture's channels differ in contrast: it is the whole picture's that comes back
+    # the guided image's channels differ in contrast: it is the whole image's that comes back
     tint = torch.tensor([0.1, 0.5, 0.8])[:, None, None]
     both = make_denoise(lambda x, t: torch.cat([x[:4] * 0.9, x[4:] * tint + 0.1]), LINEAR, DiffusionConfig())
     plain = conditional(x, 500.0)

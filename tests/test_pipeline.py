@@ -271,7 +271,7 @@ def test_negative_prompts_stand_in_the_null_captions_place_under_their_own_mask(
     assert relative(one[1], result[1]) <= 1e-5 < relative(one[0], result[0])
 
 
-def test_every_picture_has_its_own_prompts_negative_prompt_whatever_the_batches(pipeline):
+def test_every_image_has_its_own_prompts_negative_prompt_whatever_the_batches(pipeline):
     config, prompts, negatives = SampleConfig(steps=2), ["a", "b", "c"], ["red", "green square", "blue"]
     options = {"output": "latent", "images_per_prompt": 2}
     alone = [pipeline(p, 7, config, negative_prompts=n, **options) for p, n in zip(prompts, negatives, strict=True)]
