@@ -264,6 +264,13 @@ def test_mixed_sets_resume_at_any_position_on_any_number_of_ranks(case, data):
         assert len({buckets[index] for _, index in batch}) == 1
 
 
+def test_where_a_set_stands_in_an_epoch_differs_from_epoch_to_epoch():
+    sampler = BucketBatches([0] * 40, 40, seed=0, sets=[(25, 1.0), (15, 1.0)])
+    places = [tuple(index < 25 for _, index in sampler.batch(epoch, 0)) for epoch in range(20)]
+    assert all(sum(place) == 25 for place in places)
+    assert len(set(places)) == 20
+
+
 def test_one_set_with_repeats_of_one_is_the_order_without_sets():
     buckets = [0] * 9 + [1] * 5
     plain, sets = BucketBatches(buckets, 2, seed=4), BucketBatches(buckets, 2, seed=4, sets=[(14, 1.0)])

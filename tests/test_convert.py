@@ -20,7 +20,7 @@ from pixart.checkpoint.locate import Found
 from pixart.checkpoint.save import save
 from pixart.checkpoint.weights import Weights
 from pixart.diffusion.sampling import SampleConfig
-from pixart.diffusion.schedule import DiffusionConfig
+from pixart.diffusion.schedule import DiffusionConfig, DiscreteSchedule
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
@@ -329,6 +329,10 @@ def test_a_written_pipeline_runs_in_diffusers(kind, changes, parts, tmp_path):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "p")
     assert type(pipeline).__name__ == f"PixArt{kind}Pipeline"
     pipeline.set_progress_bar_config(disable=True)
+    chain = DiscreteSchedule.linear().tables["alphas_cumprod"]
+    assert torch.allclose(pipeline.scheduler.alphas_cumprod.double(), chain, rtol=1e-4)
+    settings = pipeline.scheduler.config
+    assert (settings.algorithm_type, settings.solver_order, settings.prediction_type) == ("dpmsolver++", 2, "epsilon")
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "use_resolution_binning": False}
     generator = torch.Generator().manual_seed(0)
     image = pipeline("a red fox", output_type="np", generator=generator, **options).images[0]

@@ -289,6 +289,16 @@ def test_micro_conditions_are_the_original_size_and_the_buckets_rounded_ratio(pi
     assert batch.size.dtype == batch.aspect_ratio.dtype == torch.float32
 
 
+@pytest.mark.parametrize("weights", [(0.7, 0.1, 0.2), (1 / 3, 1 / 3, 1 / 3)])
+def test_each_caption_is_taken_as_often_as_its_weight_says(picture_record, weights):
+    captions = Captions([torch.full((2, WIDTH), float(i)) for i in range(3)], {"a": 0, "b": 1, "c": 2})
+    record = dataclasses.replace(picture_record(captions=("a", "b", "c")), weights=weights)
+    dataset = ImageDataset([record], captions, Drawing(0), latent_channels=1, downsample=16, cache=True)
+    taken = [int(dataset[epoch, 0]["caption"][0, 0]) for epoch in range(1000)]
+    for i, weight in enumerate(weights):
+        assert abs(taken.count(i) - 1000 * weight) < 5 * (1000 * weight * (1 - weight)) ** 0.5
+
+
 def sample(length: int, name: str = "a", **changes) -> dict:
     return {
         "pixels": torch.zeros(3, 8, 8), "noise": torch.zeros(4, 1, 1), "posterior_noise": torch.zeros(4, 1, 1),

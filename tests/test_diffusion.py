@@ -72,8 +72,11 @@ def test_min_snr_and_velocity_weights_measure_one_error_whatever_is_predicted(sc
     snr = (alpha / sigma)[:, 0, 0, 0] ** 2
     per_picture = error.square().flatten(1).mean(1)
     kind = "flow" if schedule is FLOW else "linear"
-    for weighting, weight in (("min_snr", snr.clamp(max=5)), ("velocity", 1 / sigma[:, 0, 0, 0] ** 2)):
-        config = DiffusionConfig(kind, prediction, weighting=weighting)
+    for weighting, gamma, weight in (
+        ("min_snr", 5.0, snr.clamp(max=5)), ("min_snr", 0.5, snr.clamp(max=0.5)),
+        ("velocity", 5.0, 1 / sigma[:, 0, 0, 0] ** 2),
+    ):  # fmt: skip
+        config = DiffusionConfig(kind, prediction, weighting=weighting, min_snr_gamma=gamma)
         loss = diffusion_loss(schedule, config, output, x0, noise, t)["loss"]
         assert torch.allclose(loss, weight * per_picture, rtol=2e-4)
 
@@ -100,6 +103,24 @@ def test_training_times_have_the_distribution_they_are_said_to_have():
     ends = FLOW.draw_times(torch.tensor([0.0, 1 - 2**-24]), flow)
     assert torch.isfinite(ends).all()
     assert (ends >= 0).all() and (ends <= 1000).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "flow", "logit_normal"])
+def test_a_larger_uniform_number_is_a_noisier_time(kind):
+    flow = kind in ("flow", "logit_normal")
+    config = DiffusionConfig(
+        "flow" if flow else kind, "velocity" if flow else "epsilon", logit_mean=0.5, logit_std=1.5,
+        times="logit_normal" if kind == "logit_normal" else "uniform",
+    )  # fmt: skip
+    schedule, uniform = make_schedule(config), torch.tensor([0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999])
+    t = schedule.draw_times(uniform, config)
+    sigma = schedule.alpha_sigma_of(t)[1].flatten()
+    assert (t.diff() > 0).all() and (sigma.diff() > 0).all()
+    if kind == "logit_normal":  # quartiles of the standard normal are ±0.6745
+        logits = torch.logit(t[2:5].double() / 1000)
+        assert logits.tolist() == pytest.approx([0.5 - 1.5 * 0.67449, 0.5, 0.5 + 1.5 * 0.67449], abs=1e-4)
+    else:
+        assert t.tolist() == pytest.approx([1000 * u for u in uniform.tolist()], abs=1 if not flow else 1e-3)
 
 
 def toy_denoise(c: float = 0.5):
@@ -172,6 +193,13 @@ def test_ddim_and_ddpm_agree_with_the_gaussian_they_sample():
         assert result.std().item() == pytest.approx(0.3, rel=0.05), name
 
 
+def test_the_alpha_ending_lowers_the_order_below_ten_steps_alone():
+    x, denoise = draw(3), toy_denoise()
+    for steps in (3, 9, 10, 11, 20):
+        alpha, sigma = (dpm_solver(denoise, x, LINEAR, steps, ending=ending) for ending in ("alpha", "sigma"))
+        assert torch.equal(alpha, sigma) == (steps < 10), steps
+
+
 def test_guidance_follows_its_formula_and_spares_the_network_where_it_is_off():
     calls = []
 
@@ -179,7 +207,7 @@ def test_guidance_follows_its_formula_and_spares_the_network_where_it_is_off():
         def run(x, t):
             calls.append(len(x))
             value_of_row = torch.tensor(value)[:, None, None, None]
-            return torch.cat([x * value_of_row, torch.full_like(x, 0.25)], 1)
+            return torch.cat([x * value_of_row, torch.ones_like(x) * value_of_row / 8], 1)
 
         return run
 
@@ -202,7 +230,9 @@ def test_guidance_follows_its_formula_and_spares_the_network_where_it_is_off():
 def test_rescaled_guidance_restores_the_contrast():
     x = draw(0)
     conditional = make_denoise(lambda x, t: x * 0.9, LINEAR, DiffusionConfig())
-    both = make_denoise(lambda x, t: torch.cat([x[:4] * 0.9, x[4:] * 0.5 + 0.1]), LINEAR, DiffusionConfig())
+    # the guided image's channels differ in contrast: it is the whole image's that comes back
+    tint = torch.tensor([0.1, 0.5, 0.8])[:, None, None]
+    both = make_denoise(lambda x, t: torch.cat([x[:4] * 0.9, x[4:] * tint + 0.1]), LINEAR, DiffusionConfig())
     plain = conditional(x, 500.0)
     for rescale in (0.0, 0.7, 1.0):
         result = guide(conditional, both, LINEAR, 4.5, rescale=rescale)(x, 500.0)

@@ -29,6 +29,7 @@ from pixart.train.loop import train
 from pixart.train.optimizer import make_optimizer
 from pixart.train.optimizer_state import MomentFiles, Moments, read_moments, take_moments, write_moments
 from pixart.train.setup import start
+from pixart.train.state import load_checkpoint
 from pixart.train.step import apply_update, judge, read_results, train_step
 from runs import ROOT, build, command, environment, make_pictures, settings, write
 
@@ -189,6 +190,21 @@ def test_what_is_saved_is_the_state_at_the_save(base, monkeypatch):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
         records = [torch.load(r / "checkpoints" / step / "training.pt", weights_only=True) for r in (run, reference)]
         assert records[0]["progress"]["images"] == records[1]["progress"]["images"]
+
+
+def test_a_checkpoint_brings_back_the_loss_scale(base):
+    config, scales = build(base), []
+    for scale in (64.0, 2.0):
+        session = start(config)
+        state = session.state
+        state.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        state.accelerator.scaler.scale(torch.zeros(()))  # it has no scale before its first loss
+        if not checkpoints(session.run):
+            with saver_module.Saver(session.run, config, state.processes, -1) as saver:
+                saver.save(state)
+        load_checkpoint(state, checkpoints(session.run)[-1])
+        scales.append(state.accelerator.scaler.get_scale())
+    assert scales == [64.0, 64.0]
 
 
 @pytest.mark.parametrize("choice", ["continue", "stop"])

@@ -271,6 +271,15 @@ def test_negative_prompts_stand_in_the_null_captions_place_under_their_own_mask(
     assert relative(one[1], result[1]) <= 1e-5 < relative(one[0], result[0])
 
 
+def test_every_image_has_its_own_prompts_negative_prompt_whatever_the_batches(pipeline):
+    config, prompts, negatives = SampleConfig(steps=2), ["a", "b", "c"], ["red", "green square", "blue"]
+    options = {"output": "latent", "images_per_prompt": 2}
+    alone = [pipeline(p, 7, config, negative_prompts=n, **options) for p, n in zip(prompts, negatives, strict=True)]
+    for size in (1, 4, 16):
+        together = pipeline(prompts, 7, config, negative_prompts=negatives, batch_size=size, **options)
+        assert relative(together, torch.cat(alone)) <= 1e-5, size
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -516,8 +525,11 @@ def test_samples_of_several_sizes_stand_in_the_prompts_order(pipeline, tmp_path)
     assert [image.text["prompt"] for image in opened] == ["a", "a", "two", "two", "b", "b", "c", "c"]
     assert opened[3].text == {"prompt": "two", "seed": "4", "sampler": "dpm_solver", "steps": "2", "guidance": "4.5",
                               "negative_prompt": "blurry"}  # fmt: skip
-    alone = pipeline("c", 4, SampleConfig(steps=2), height=10, width=6, negative_prompts="blurry")[0]
-    assert max(abs(a - b) for a, b in zip(alone.tobytes(), opened[7].tobytes(), strict=True)) <= 1
+    for image, seed in zip(opened, [3, 4] * 4, strict=True):
+        size, text = {"height": image.height, "width": image.width}, image.text["prompt"]
+        alone = pipeline(text, seed, SampleConfig(steps=2), **size, negative_prompts="blurry")[0]
+        assert image.text["seed"] == str(seed)
+        assert max(abs(a - b) for a, b in zip(alone.tobytes(), image.tobytes(), strict=True)) <= 1, (text, seed)
 
 
 def test_a_folder_that_cannot_be_written_costs_no_picture(pipeline, tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+import pixart.inference.generate as generate_module
 from pixart.checkpoint.files import ModelCard, save_model
 from pixart.checkpoint.load import load_with_card
+from pixart.contact_sheet import contact_sheet
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
@@ -132,10 +134,48 @@ def test_micro_conditions_reach_the_network(tmp_path, text_encoder):
     assert seen[0].tolist() == [8, 12] * 2  # both halves of guidance
 
 
-def test_pngs_carry_their_settings_and_a_contact_sheet_lies_beside_them(model_folder, tmp_path):
-    pipeline = Pipeline.from_pretrained(model_folder)
+def test_micro_conditions_are_the_size_in_pixels_and_height_over_width():
+    model = tiny_model(micro_conditions=True)
+    card = ModelCard(model.config, vae=AutoencoderConfig("kl", "any"))  # 8 pixels a latent
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs, given: seen.append(given), with_kwargs=True)
+    captions = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    sample_latents(model, card, captions, None, [0, 1], SampleConfig("ddim", 2, guidance=1.0), height=6, width=8)
+    for given in seen:
+        assert given["size"].tolist() == [[48.0, 64.0]] * 2
+        assert given["aspect_ratio"].tolist() == [0.75] * 2
+
+
+def test_guidance_is_on_at_the_times_of_its_interval_alone():
+    model, calls = tiny_model(), []
+    model.register_forward_pre_hook(lambda _, inputs: calls.append((inputs[1][0].item(), len(inputs[0]))))
+    config = SampleConfig("ddim", 4, guidance_low=333.0, guidance_high=700.0)
+    sample_latents(model, ModelCard(model.config), [torch.ones(3, 16)], None, [0], config, height=8, width=8)
+    assert calls == [(999.0, 1), (666.0, 2), (333.0, 2), (0.0, 1)]
+
+
+def test_the_guided_contrast_is_rescaled_as_far_as_the_settings_say():
+    model = tiny_model(learn_sigma=False)
+    card = ModelCard(model.config, DiffusionConfig("flow", "velocity"))
+
+    def contrast(**options) -> float:
+        config = SampleConfig("euler", 1, **options)  # a step from pure noise: the result is the predicted image
+        return sample_latents(model, card, [torch.ones(3, 16)], None, [0], config, height=8, width=8).std().item()
+
+    plain, guided = contrast(guidance=1.0), contrast(guidance=6.0)
+    assert abs(guided / plain - 1) > 0.01
+    assert contrast(guidance=6.0, rescale=1.0) == pytest.approx(plain, rel=1e-5)
+    assert contrast(guidance=6.0, rescale=0.5) == pytest.approx((plain + guided) / 2, rel=1e-5)
+
+
+def test_pngs_carry_their_settings_and_a_contact_sheet_lies_beside_them(model_folder, tmp_path, monkeypatch):
+    pipeline, sheets = Pipeline.from_pretrained(model_folder), []
+    monkeypatch.setattr(generate_module, "contact_sheet", lambda *given: sheets.append(given) or contact_sheet(*given))
     paths = save_samples(pipeline, PROMPTS[:2], tmp_path, SampleConfig(steps=3, guidance=2.5), seed=7, count=2)
     assert len(paths) == 4
+    ((cells, labels),) = sheets
+    assert [image.tobytes() for (image,) in cells] == [Image.open(path).tobytes() for path in paths]
+    assert labels == [Image.open(path).text["prompt"] for path in paths]
     info = Image.open(paths[3]).text
     assert info == {"prompt": "two", "seed": "8", "sampler": "dpm_solver", "steps": "3", "guidance": "2.5"}
     assert Image.open(tmp_path / "contact_sheet.png").width > 96

@@ -68,6 +68,25 @@ def test_what_is_new_or_left_out_is_said():
     assert start_from_pixart(fresh(), state) == []
 
 
+@pytest.mark.parametrize("length", [5, 12, 30])
+def test_a_null_caption_is_taken_from_its_first_token_on(length):
+    model, source = fresh(caption_length=length), tiny_model().y_embedder.y_embedding
+    before = model.y_embedder.y_embedding.clone()
+    start_from_pixart(model, tiny_model().state_dict())
+    taken = min(length, 12)
+    assert torch.equal(model.y_embedder.y_embedding[:taken], source[:taken])
+    assert torch.equal(model.y_embedder.y_embedding[taken:], before[taken:])
+
+
+def test_a_start_takes_the_averaged_weights_of_a_checkpoint_with_both(tmp_path):
+    raw, averaged = tiny_model(seed=1), tiny_model(seed=2)
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": averaged.state_dict()}, tmp_path / "both.pth")
+    for options, expected in (({}, averaged), ({"ema": False}, raw)):
+        model = fresh()
+        start_from(model, str(tmp_path / "both.pth"), **options)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
+
+
 def test_a_null_caption_of_zeros_stands_for_none():
     model = fresh()
     own = model.y_embedder.y_embedding.clone()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,6 +28,7 @@ from pixart.errors import InputError
 from pixart.features import Share, convert_official, summarize
 from pixart.features.append_only import PartFile
 from pixart.features.store import FeatureStore, verify
+from pixart.features.training_set import load_features
 from pixart.seeds import derive_seed
 from pixart.train.loop import train
 from runs import build, change, command, environment, make_pictures, make_text_encoder, run_script, settings, write
@@ -52,8 +54,13 @@ def vae(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Eleven pictures of three sizes, two with one caption."""
+    """Eleven images of three sizes, two with one caption; a corner tells left from right and top from bottom."""
     folder = make_pictures(tmp_path_factory.mktemp("data") / "pictures", 11, 32)
+    for path in folder.glob("*.png"):
+        image = Image.open(path)
+        image.paste("orange", (0, 0, 12, 7))
+        image.paste("black", (3, 2, 9, 5))
+        image.save(path)
     for i in (1, 4, 6):
         Image.open(folder / f"{i:02d}.png").resize((48, 24)).save(folder / f"{i:02d}.png")
     Image.open(folder / "09.png").resize((24, 50)).save(folder / "09.png")
@@ -107,6 +114,49 @@ def test_a_store_holds_what_the_autoencoder_and_the_text_encoder_say_of_each_pic
     assert verify(store) == []
 
 
+def test_a_store_keeps_each_images_captions_in_order_with_their_weights(base, tmp_path):
+    folder = make_pictures(tmp_path / "many", 6, 32)
+    for i in (0, 2, 5):
+        (folder / f"{i:02d}.short.txt").write_text(f"short {i}")
+    options = {"data__folder": str(folder), "data__captions": {"text": 3.0, "short": 1.0}}
+    make_store(base, tmp_path / "store", **options)
+    config = build(base, **options)
+    opened, records = FeatureStore(tmp_path / "store"), scan(config.data, config.data_spec.table).records
+    for i, record in enumerate(records):
+        sample = opened.get(i)
+        assert [opened.text(number) for number in sample.captions] == list(record.captions)
+        assert sample.weights == list(record.weights) == ([0.75, 0.25] if i in (0, 2, 5) else [1.0])
+    assert opened.text(opened.get(5).captions[1]) == "short 5"
+
+
+def test_a_store_of_every_third_image_has_those(base, tmp_path):
+    make_store(base, tmp_path / "thirds", data__every=3)
+    opened = FeatureStore(tmp_path / "thirds")
+    assert [opened.get(i).id for i in range(len(opened))] == ["00.png", "03.png", "06.png", "09.png"]
+
+
+def test_settings_of_the_data_reach_the_samples_of_a_store(base, tmp_path):
+    make_store(base, tmp_path / "both", extract__mirrored=True)
+    opened, number = FeatureStore(tmp_path / "both"), 9
+    ways = [opened.get(number).mean, opened.get(number, mirrored=True).mean]
+    assert (ways[0] - ways[1]).abs().max() > 0.01
+    for flip, posterior, expected in ((True, "mean", [True, True]), (False, "mean", [True, False]),
+                                      (False, "sample", [False, False])):  # fmt: skip
+        config = build(base, data__features=str(tmp_path / "both"), data__flip=flip, data__posterior=posterior)
+        dataset = load_features(config.data_spec, Accelerator(cpu=True), load_autoencoder(config.vae)).train.dataset
+        found = [dataset[epoch, number]["latents"] for epoch in range(20)]
+        assert [any(torch.equal(latents, way) for latents in found) for way in ways] == expected
+
+
+@pytest.mark.parametrize("null", ["empty", "empty_own_mask"])
+def test_the_null_caption_of_a_store_is_that_of_its_text_encoder(base, store, null):
+    config = build(base, data__features=str(store), text__null=null)
+    found = load_features(config.data_spec, Accelerator(cpu=True), load_autoencoder(config.vae)).null
+    states, mask = TextEncoder.load(config.text).encode([""], padding="max_length", keep_padding=True)
+    expected = states[0] if null == "empty" else states[0][mask[0].bool()]
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+
+
 def test_a_store_names_what_it_was_made_with(base, store):
     manifest = FeatureStore(store).manifest
     assert manifest["vae"]["scale"] == 0.5 and manifest["vae"]["dtype"] == "float32"
@@ -126,6 +176,7 @@ def test_mirrored_latents_are_those_of_the_mirrored_picture_and_change_nothing_e
         assert torch.equal(plain.get(i).mean, both.get(i).mean)
         mean, _ = autoencoder.moments(to_pixels(load_image(records[i].picture, records[i].bucket)[:, ::-1]))
         assert torch.allclose(both.get(i, mirrored=True).mean, mean[0], atol=3e-6)
+        assert (both.get(i, mirrored=True).mean - both.get(i).mean).abs().max() > 0.01
     with pytest.raises(InputError, match=r"data.flip is on, it has no mirrored latents"):
         train(build(base, data__features=str(store), data__flip=True))
 
@@ -532,11 +583,27 @@ def test_official_features_are_read_where_they_lie_and_converted(base, official,
         assert a.id == b.id == f"set/{c.id}"
         assert torch.equal(a.mean, b.mean) and torch.allclose(a.mean, c.mean, atol=3e-6)
         assert torch.allclose(a.std, c.std, atol=3e-6)
+        for sample in (a, b):
+            assert (sample.height, sample.width, sample.bucket) == (c.height, c.width, c.bucket)
         states = [features.caption(s.captions[0]) for features, s in ((direct, a), (converted, b), (made, c))]
         assert torch.equal(states[0], states[1]) and torch.allclose(states[0], states[2], atol=1e-5)
     for name, folder in (("direct", official), ("stored", tmp_path / "converted")):
         train(build(base, output=str(tmp_path / name), data__features=str(folder), train__batch_size=2))
     assert losses(tmp_path / "direct") == losses(tmp_path / "stored")
+
+
+def test_official_captions_are_cut_to_the_models_length(base, official, tmp_path):
+    config = build(base, data__features=str(tmp_path / "cut"), text__length=5)
+    convert_official(
+        official, config.data, config.data_spec.table, config.vae, config.text, config.extract, say=lambda _: None
+    )
+    opened = FeatureStore(tmp_path / "cut")
+    whole = TextEncoder.load(build(base).text)
+    for i in range(len(opened)):
+        (number,) = opened.get(i).captions
+        states, mask = whole.encode([opened.text(number)])
+        assert mask.sum() > 5
+        assert torch.allclose(opened.caption(number), states[0, :5], atol=1e-5)
 
 
 def test_what_official_features_lack_is_said(base, official, tmp_path):

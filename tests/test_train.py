@@ -253,6 +253,17 @@ def test_learning_rates_follow_their_closed_forms():
     assert learning_rate(cosine, 10, 10, 64) == pytest.approx(0.0)
 
 
+def test_auto_lr_is_the_root_of_the_batch_over_256_and_a_schedule_begins_after_the_warm_up():
+    auto = OptimizerConfig(lr=2.0, auto_lr="sqrt", warmup=2, schedule="linear")
+    assert [learning_rate(auto, i, 6, 64) for i in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert learning_rate(auto, 2, 6, 1024) == pytest.approx(4.0)
+
+
+def test_the_logged_rate_is_that_of_the_logged_step(base):
+    run = train(build(base, optimizer__warmup=3, optimizer__lr=0.3, optimizer__schedule="linear")).run
+    assert [row["lr"] for row in metrics(run)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])
+
+
 def test_the_ema_follows_its_closed_form():
     model = torch.nn.Linear(3, 2)
     start = model.weight.detach().clone()
@@ -377,17 +388,21 @@ def test_compiled_blocks_train_to_the_same_numbers(base):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(base, tmp_path):
-    changes = {"optimizer__name": "sgd", "optimizer__lr": 1.0, "optimizer__warmup": 0, "optimizer__clip": 1e9,
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_numbers_of_one(base, tmp_path, accumulation):
+    changes = {"optimizer__name": "sgd", "optimizer__lr": 0.1, "optimizer__warmup": 0, "optimizer__clip": 1e9,
                "optimizer__weight_decay": 0.0, "train__steps": 3}  # fmt: skip
     one = train(build(base, **changes)).run
-    config = write(tmp_path / "config.yaml", base, **changes, output=str(tmp_path / "two"))
+    config = write(
+        tmp_path / "config.yaml", base, **changes, output=str(tmp_path / "two"), train__accumulation=accumulation
+    )
     launched = subprocess.run(
-        [command("train")[0], "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *command("train", config)[1:]],
+        [command("train")[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *command("train", config)[1:]],
         env={**environment(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
+    assert "; 2 × cpu" in launched.stdout, "two processes, not one"
     for row, reference in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
         assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)

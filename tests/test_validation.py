@@ -4,22 +4,26 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import pixart.train.loop as loop_module
+import pixart.train.validate as validate_module
 from features import make_store
-from pixart.data.samples import collate
+from pixart.data.samples import Drawing, collate
+from pixart.data.training_set import choose_held_out
 from pixart.diffusion import DiffusionConfig, make_schedule
 from pixart.diffusion.denoising_error import RATIOS, denoising_errors, mean_error
 from pixart.diffusion.losses import prediction_target
 from pixart.errors import InputError
 from pixart.files import read_rows
+from pixart.seeds import derive_seed
 from pixart.train.loop import train
 from pixart.train.report import read_metrics
 from pixart.train.setup import start
-from pixart.train.validate import validate
+from pixart.train.validate import draw_samples, validate
 from runs import build, make_pictures, settings
 
 PAIRS = [("linear", "epsilon"), ("linear", "v"), ("cosine", "x0"), ("cosine", "epsilon"), ("flow", "velocity")]
@@ -28,6 +32,27 @@ PAIRS = [("linear", "epsilon"), ("linear", "v"), ("cosine", "x0"), ("cosine", "e
 @pytest.fixture
 def base(tmp_path, text_encoder) -> dict:
     return settings(tmp_path / "run", make_pictures(tmp_path / "pictures"), text_encoder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
+def test_the_share_that_is_held_out_is_the_one_that_was_asked_for(base, share):
+    hashes, count = np.array([derive_seed(f"{i}.png") for i in range(50_000)]), 50_000
+    (held,) = choose_held_out([hashes], build(base, data__validation=share).data_spec)
+    assert abs(held.mean() - share) <= 5 * (share * (1 - share) / count) ** 0.5
+
+
+def test_what_is_held_out_stays_so_when_images_come_or_more_is_held_out_and_differs_by_split_seed(base):
+    hashes = np.array([derive_seed(f"{i}.png") for i in range(10_000)])
+
+    def choose(hashes, share, **changes) -> np.ndarray:
+        (held,) = choose_held_out([hashes], build(base, data__validation=share, **changes).data_spec)
+        return held
+
+    held = choose(hashes, 0.3)
+    assert (choose(hashes[::-1][:4000], 0.3) == held[::-1][:4000]).all()
+    assert not (held & ~choose(hashes, 0.4)).any()
+    other = choose(hashes, 0.3, data__split_seed=1)
+    assert abs((held & other).mean() - 0.09) < 5 * (0.09 * 0.91 / 10_000) ** 0.5, "independent of the other seed's"
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "flow"])
@@ -222,3 +247,46 @@ def test_a_number_that_is_not_finite_is_null_in_every_file_and_is_said(base, mon
     assert summary["validation_error"] is summary["best_validation_error"] is None
     said = "".join(capsys.readouterr())
     assert re.search(r"step 3: validation_loss nan, .*validation_error nan.*; null in metrics.jsonl", said)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_validation_is_the_loss_of_the_averaged_weights_on_all_captions_under_noise_that_stays(base):
+    config = build(base, data__validation=0.4, train__caption_dropout=0.9, data__split_seed=3)
+    session = start(config)
+    state, dataset = session.state, session.data.held_out.dataset
+    randomise(state.parts.average, 1)
+    randomise(state.parts.network, 2)
+    losses = []
+    for i, record in enumerate(dataset.records):
+        pixels, draws = dataset[0, i]["pixels"], Drawing(3)(-1, record.id, (3, 8, 8))
+        time, noise = draws.uniform("time"), draws.normal("noise", 3, 8, 8)
+        x = (1 - time) * pixels + time * noise
+        states = session.data.captions[record.captions[0]]
+        with torch.no_grad():
+            found = state.parts.average(x[None], 1000 * time[None], states[None])
+        losses.append((found - pixels).square().mean().item())
+    assert len(set(losses)) == len(losses) > 1
+    for step in (0, 7):
+        state.progress.step = step
+        assert validate(session, config)["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_a_sample_grid_is_of_the_averaged_weights_with_a_seed_for_each_prompt(base, monkeypatch):
+    config = build(base, prompts=["a fox", "two", "a fox"], sample__steps=5)
+    session, asked = start(config), []
+
+    def spy(model, card, captions, null, seeds, sample, **size):
+        asked.append((model, card, list(seeds), sample, size))
+        for caption, prompt in zip(captions, config.prompts, strict=True):
+            assert torch.equal(caption, session.data.captions[prompt])
+        return torch.zeros(3, 3, 8, 8)
+
+    monkeypatch.setattr(validate_module, "sample_latents", spy)
+    draw_samples(session, config)
+    assert asked == [(session.state.parts.average, config.card, [0, 1, 2], config.sample, {"height": 8, "width": 8})]

@@ -25,6 +25,9 @@ from pixart.model import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.loop import train
 from pixart.train.report import read_gpu_hours
+from pixart.train.setup import make_accelerator
+from pixart.train.state import Progress
+from pixart.train.step import StepResult
 from pixart.train.throughput import measure_peak
 from pixart.train.timestep_bins import quarter_means, sum_by_quarter
 from runs import build, make_pictures, settings
@@ -97,6 +100,25 @@ def test_model_tflops_are_those_of_the_batches_and_mfu_their_share_of_the_peak(b
     assert row["mfu"] == pytest.approx(row["model_tflops"] / 0.5)
     assert 0 < row["memory_gb"] < 64
     assert 0 <= row["data_wait"] < 1
+
+
+def test_a_window_counts_applied_steps_and_the_seconds_that_were_trained(base, monkeypatch):
+    config, clock = build(base), [100.0]
+    accelerator = make_accelerator(config)
+    monkeypatch.setattr(watch_module.time, "perf_counter", lambda: clock[0])
+    run = Path(base["output"])
+    run.mkdir()
+    with watch_module.Watch(accelerator, config, run, Progress(step=3)) as watch:
+        for loss, outcome, images in ((2.0, 0, 8), (1e9, 2, 8), (4.0, 0, 6), (math.nan, 1, 2)):
+            loss, norm, *numbers = (torch.tensor(float(value)) for value in (loss, loss / 2, images, outcome))
+            terms, quarters = {"loss": loss, "term": 2 * loss}, torch.full((2, 4), 1.0 + outcome)
+            watch.add(StepResult(terms, norm, *numbers, quarters), wait=0.5, flops=0)
+        clock[0] += 10.0
+        watch.pause(6.0)
+        watch.log(Progress(step=3), 0.1, {})
+    (row,) = rows(run)
+    assert (row["loss"], row["term"], row["grad_norm"], row["loss_q1"]) == (3.0, 6.0, 1.5, 1.0)
+    assert row["images_per_second"] == pytest.approx(24 / 4) and row["data_wait"] == pytest.approx(2.0 / 4)
 
 
 def test_a_measured_peak_is_said_and_is_what_a_product_reaches(base, capsys):
