@@ -11,7 +11,7 @@ _PLACES = {
     "Pipeline": "pixart.inference.pipeline",
     "SampleConfig": "pixart.diffusion.sampling",
     "keep_freed_memory": "pixart.cpu",
-    "load_model": "pixart.checkpoint.load",
+    "load_model": "pixart.adapters.load",
     "use_onednn": "pixart.cpu",
 }
 

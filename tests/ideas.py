@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from pixart.adapters.adapter import ADAPTERS, Adapter
 from pixart.data.arrays import ARRAYS
 from pixart.data.items import Item
 from pixart.data.sources import SOURCES
@@ -202,6 +203,31 @@ class Everything(Objective):
 
     def after_step(self, network, applied):
         update_ema(self.state["target"], network, 0.9, applied)
+
+
+class LowRank(nn.Module):
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.down, self.up = (
+            nn.Linear(linear.in_features, rank, bias=False),
+            nn.Linear(rank, linear.out_features, bias=False),
+        )
+        linear.register_forward_hook(lambda _, inputs, output: output + self(inputs[0]))
+
+    def init_weights(self, generators):
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+@ADAPTERS.register("low_rank")
+class LowRankAdapter(Adapter):
+    """Low-rank additions to all queries, keys and values (arXiv 2106.09685)."""
+
+    def __init__(self, network, *, rank: int = 2):
+        super().__init__(network)
+        self.layers = nn.ModuleList(LowRank(block.attn.qkv, rank) for block in network.blocks)
 
 
 @SOURCES.register("stripes")

@@ -10,7 +10,8 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate([
         "errors cpu seeds provenance", "extensions registry files", "config cli contact_sheet", "model diffusion",
-        "encoders", "checkpoint data", "features", "inference", "evaluate", "train", "study benchmark", "commands",
+        "encoders", "checkpoint data", "features adapters", "inference", "evaluate", "train", "study benchmark",
+        "commands",
     ]) for room in rooms.split()
 }  # fmt: skip
 RUNTIME = {

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import ideas
 import pixart
 from chaos import chaos, tensors
+from pixart.adapters.adapter import AdapterConfig, adapt
 from pixart.benchmark.measure import count_flops
 from pixart.checkpoint import load_model
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
@@ -385,7 +386,7 @@ def base(tmp_path_factory) -> dict:
     extension = Path(shutil.copy(ROOT / "tests" / "ideas.py", folder / "mine" / "my_ideas.py"))
     text = extension.read_text()
     for name in ("adaln", "time_token", "rope", "rms_norm", "swiglu", "sharper", "tread", "busy", "patch_contrast",
-                 "patch_colours", "everything", "stripes", "one_step"):  # fmt: skip
+                 "patch_colours", "everything", "stripes", "one_step", "low_rank"):  # fmt: skip
         text = text.replace(f'"{name}"', f'"my_{name}"')
     extension.write_text(text)
     pictures = make_pictures(folder / "pictures", count=16)
@@ -548,6 +549,57 @@ def test_draws_of_a_network_and_an_objective_reach_them_and_change_no_other(base
     assert all(torch.equal(first[name], second[name]) for name in ("noise", "posterior_noise", "pixels"))
     assert (first["time"], first["drop"]) == (second["time"], second["drop"])
     assert isinstance(ideas.Tread.conditions["route"], Draw)
+
+
+# ------------------------------------------------------------------------------------------- an adapter on top of a run
+
+
+@pytest.fixture(scope="module")
+def adapted(base, store, run) -> dict:
+    return change(
+        base, output=f"{base['output']}_adapted", init_from=str(run), optimizer__groups=[], optimizer__lr=0.05,
+        adapter={"kind": "my_low_rank", "options": {"rank": 3}},
+    )  # fmt: skip
+
+
+def test_an_adapter_trains_alone_on_a_base_that_stays_and_its_checkpoint_holds_it_alone(adapted, run, tmp_path):
+    result = train(build(adapted))
+    checkpoint = newest_checkpoint(result.run, print)
+    held = load_file(checkpoint / "model" / "adapter.safetensors")
+    assert {name.split(".", 2)[2] for name in held} == {"down.weight", "up.weight"}
+    assert all(tensor.abs().sum() > 0 for tensor in held.values())
+    assert not list(checkpoint.rglob("model.safetensors"))
+    base_model, model = load_model(run, extensions=adapted["extensions"]), pixart.load_model(result.run, ema=False)
+    assert all(torch.equal(a, b) for a, b in zip(base_model.parameters(), model.parameters(), strict=True))
+    inputs = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([9.0, 500.0]), "caption": torch.randn(2, 5, 16)}
+    with torch.no_grad():
+        plain, found = base_model(**inputs), model(**inputs)
+        for block, i in zip(base_model.blocks, range(3), strict=True):  # merged by hand
+            up, down = held[f"layers.{i}.up.weight"], held[f"layers.{i}.down.weight"]
+            block.attn.qkv.weight = torch.nn.Parameter(block.attn.qkv.weight + up @ down)
+        merged = base_model(**inputs)
+    assert relative(found, merged) <= 1e-5
+    assert relative(found, plain) > 1e-4
+    assert pixart.Pipeline.from_pretrained(result.run)("a square")[0].size == (8, 8)
+    again = tmp_path / "again"
+    shutil.copytree(result.run, again)
+    shutil.rmtree(checkpoints(again)[-1])
+    train(build(adapted, output=str(again)))
+    first, second = (tensors(newest_checkpoint(place, print)) for place in (result.run, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_new_adapter_changes_nothing_and_options_and_bases_are_checked(adapted, run, tmp_path):
+    model = load_model(run, extensions=adapted["extensions"])
+    inputs = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([9.0, 500.0]), "caption": torch.randn(2, 5, 16)}
+    before = model(**inputs)
+    adapt(model, AdapterConfig("my_low_rank"))
+    assert torch.equal(model(**inputs), before)
+    fresh = change(adapted, output=str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"adapter 'my_low_rank' refuses its options .*rang"):
+        train(build(fresh, adapter={"kind": "my_low_rank", "options": {"rang": 3}}))
+    with pytest.raises(InputError, match="adapter: it is trained on top of a network; name that as init_from"):
+        build(fresh, init_from=None)
 
 
 @pytest.mark.slow

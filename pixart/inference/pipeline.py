@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart.checkpoint import ModelCard, load_with_card
+from pixart.adapters.load import load_with_card
+from pixart.checkpoint import ModelCard
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder

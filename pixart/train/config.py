@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pixart.adapters.adapter import AdapterConfig
 from pixart.checkpoint.files import ModelCard
 from pixart.config import setting
 from pixart.data.arrays import Extras
@@ -122,6 +123,7 @@ class TrainConfig:
     accept_changed_extensions: bool = setting(False, resume="free")
     # weights a new run starts from: anything `load_model` takes, or a DiT
     init_from: str | None = setting(None, path=True)
+    adapter: AdapterConfig | None = None  # train this on top of init_from's network, which stays as it is
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = setting(factory=DiffusionConfig, compare="loss")
     objective: ObjectiveConfig = setting(factory=ObjectiveConfig, compare="loss")
@@ -142,6 +144,12 @@ class TrainConfig:
         if self.text.length > self.model.caption_length:
             raise InputError(
                 f"text.length {self.text.length} is more than model.caption_length {self.model.caption_length}"
+            )
+        if self.adapter is not None and self.init_from is None:
+            raise InputError("adapter: it is trained on top of a network; name that as init_from")
+        if self.adapter is not None and (self.train.freeze or self.train.parallel == "fsdp"):
+            raise InputError(
+                "adapter: leave train.freeze out, since all but the adapter is frozen, and take train.parallel ddp"
             )
         if self.train.sample_every and not self.prompts:
             raise InputError("train.sample_every is set, but there are no prompts to sample")

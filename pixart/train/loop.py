@@ -63,7 +63,7 @@ def _run(session: Session, config: TrainConfig, stop: StopSignal) -> RunResult:
     agreement, window = Agreement(processes), Window(run, config, processes)
     with (
         Watch(state.accelerator, config, run, progress) as watch,
-        Saver(run, config, processes, first if session.resumed else -1) as saver,
+        Saver(run, config, processes, first if session.resumed else -1, session.base_weights) as saver,
     ):
         batches = move_ahead(session.loader, state.accelerator.device)
         stop.training = True

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from pixart.adapters.adapter import AdapterConfig, adapt, share
 from pixart.diffusion.objective import (
     OBJECTIVES,
     Denoising,
@@ -22,7 +23,7 @@ from pixart.model.pixart import PixArt
 from pixart.seeds import derive_seed
 from pixart.train.ema import make_ema
 
-MODEL = "model"  # the network's name among the parts; others are the objective's, under their own names
+MODEL, ADAPTER = "model", "adapter"  # names among the parts; others are the objective's
 
 
 @dataclass
@@ -30,19 +31,28 @@ class Parts:
     """Modules by name."""
 
     training: TrainingModule
-    trained: dict[str, nn.Module]  # optimised, averaged, saved
+    trained: dict[str, nn.Module]  # optimised, averaged, saved: the network or an adapter on it, the objective's own
     averages: dict[str, nn.Module]  # of the trained ones, in fp32
-    kept: dict[str, nn.Module] = field(default_factory=dict)  # saved and sharded, not trained: a teacher, say
+    kept: dict[str, nn.Module]  # saved and sharded, not trained: a teacher, say
+    average: PixArt  # the network with what is averaged of it
 
     @classmethod
-    def of(cls, network: PixArt, objective: Objective) -> "Parts":
-        """Take it before anything is compiled, sharded or wrapped: averages are copies."""
-        if MODEL in {*objective.trained, *objective.state}:
-            raise InputError(f"objective: a module of its own is called '{MODEL}', which is the network; rename it")
-        trained = {MODEL: network, **dict(objective.trained.items())}
+    def of(cls, network: PixArt, objective: Objective, adapter: AdapterConfig | None = None, seed: int = 0) -> "Parts":
+        """Take it before anything is compiled, sharded or wrapped: averages are copies, of an adapter around the same
+        base."""
+        if reserved := {MODEL, ADAPTER} & {*objective.trained, *objective.state}:
+            raise InputError(f"objective: a module of its own is called '{min(reserved)}', a name of a run; rename it")
         objective.state.requires_grad_(False)
-        averages = {name: make_ema(module) for name, module in trained.items()}
-        return cls(TrainingModule(network, objective), trained, averages, dict(objective.state.items()))
+        own = dict(objective.trained.items())
+        training, averages = TrainingModule(network, objective), {name: make_ema(part) for name, part in own.items()}
+        if adapter is None:
+            average = make_ema(network)
+            return cls(training, {MODEL: network, **own}, {MODEL: average, **averages}, dict(objective.state), average)
+        average = share(network)
+        mine, averaged = (adapt(of, adapter, seed) for of in (network, average))
+        training.adapter = mine
+        averages = {ADAPTER: averaged.float().eval().requires_grad_(False), **averages}
+        return cls(training, {ADAPTER: mine, **own}, averages, dict(objective.state), average)
 
     @property
     def network(self) -> PixArt:
@@ -51,11 +61,6 @@ class Parts:
     @property
     def objective(self) -> Objective:
         return self.training.objective
-
-    @property
-    def average(self) -> PixArt:
-        """The averaged network."""
-        return self.averages[MODEL]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained modules' parameters: the network's under their own names, others after their module's."""
@@ -66,7 +71,7 @@ class Parts:
     def averaged_objective(self) -> Objective:
         """The objective with its trained modules' averages; the rest of it is shared."""
         objective = copy.copy(self.objective)
-        averages = {name: module for name, module in self.averages.items() if name != MODEL}
+        averages = {name: module for name, module in self.averages.items() if name not in (MODEL, ADAPTER)}
         objective._modules = {**self.objective._modules, "trained": nn.ModuleDict(averages)}
         return objective.eval()
 

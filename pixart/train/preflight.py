@@ -1,5 +1,6 @@
 """What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
 
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pixart.adapters.adapter import adapt
 from pixart.checkpoint.files import checkpoints
 from pixart.checkpoint.init_from import start_from
 from pixart.data.arrays import ARRAYS
@@ -60,7 +62,10 @@ def check_sources(config: TrainConfig) -> None:
             looks["data.validation_folder"] = partial(_look_for_held_out, data)
     if config.vae.kind == "kl":
         looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
-    if config.init_from is not None and not checkpoints(Path(config.output)):  # a run that goes on needs it no more
+    if config.adapter is not None:
+        adapt(copy.deepcopy(model), config.adapter)
+    # a run that goes on needs it no more, but for an adapter
+    if config.init_from is not None and (config.adapter is not None or not checkpoints(Path(config.output))):
         looks["init_from"] = lambda: start_from(model, config.init_from, diffusion=config.diffusion)
     missing = []
     for key, look in looks.items():

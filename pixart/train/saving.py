@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pixart.adapters.load import save_adapter
 from pixart.checkpoint.files import checkpoints, save_model, save_tensors
 from pixart.files import sync, write_folder
 from pixart.train.config import TrainConfig
@@ -22,8 +23,11 @@ class Saver:
     All processes call the same methods at the same places. Leaving its context waits for what is being written.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, processes: Processes, saved_step: int):
-        self.run, self.config, self.processes = run, config, processes
+    def __init__(
+        self, run: Path, config: TrainConfig, processes: Processes, saved_step: int, base_weights: str | None = None
+    ):
+        """`base_weights` is the fingerprint of the network that an adapter is trained on."""
+        self.run, self.config, self.processes, self.base_weights = run, config, processes, base_weights
         self.saved_step = saved_step  # of the newest checkpoint
         self.failures: list[str] = []  # that this process knows of and `take_failure` has not yet taken
         self._told: set[str] = set()
@@ -98,8 +102,11 @@ class Saver:
             for place, tensors in snapshot.modules.items():
                 if (folder / place).suffix:
                     save_tensors(folder / place, tensors)
-                else:
+                elif self.config.adapter is None:
                     save_model(folder / place, tensors, self.config.card)
+                else:
+                    base = self.config.init_from, self.base_weights
+                    save_adapter(folder / place, tensors, self.config.adapter, self.config.card, *base)
             write_moments(folder, snapshot.moments, 0, len(parts) if self.sharded else 1)
             try:
                 torch.save(snapshot.record, folder / STATE)

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pixart.adapters.load import read_settings as read_adapter
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
 from pixart.config import dump_yaml, flatten, load_config, meaning, resolve_paths, to_dict
@@ -56,6 +57,7 @@ class Session:
     loader: DataLoader  # this process's micro-batches, from the next one on
     autoencoder: Autoencoder
     resumed: bool
+    base_weights: str | None  # fingerprint of the network under an adapter
 
 
 def resolve_run(config: TrainConfig) -> TrainConfig:
@@ -91,7 +93,9 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
     encoders = fingerprint_encoders(config, data, autoencoder, accelerator, moved="text.model" in changes)
     notes = check_encoders(run, config, changes, encoders)
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None, onednn=onednn)
+    base_weights = None if config.adapter is None else fingerprint(state.parts.network)
     if checkpoint is not None:
+        check_base(checkpoint, base_weights, config)
         notes += load_checkpoint(state, checkpoint)
         accelerator.print("\n".join([f"going on from {checkpoint}", *notes]))
     if accelerator.is_main_process:
@@ -107,7 +111,7 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
         f"{processes.count} × {accelerator.device.type}{' (fsdp)' * (config.train.parallel == 'fsdp')}; output {run}"
     )
     start_trackers(accelerator, config)
-    return Session(config, run, data, state, loader, autoencoder, checkpoint is not None)
+    return Session(config, run, data, state, loader, autoencoder, checkpoint is not None, base_weights)
 
 
 def fingerprint_encoders(
@@ -211,6 +215,18 @@ def _another_configuration(run: Path, other: Changes) -> InputError:
     )
 
 
+def check_base(checkpoint: Path, base_weights: str | None, config: TrainConfig) -> None:
+    """Refuse to go on with an adapter on another base than the one it was trained on so far."""
+    if base_weights is None:
+        return
+    before = read_adapter(checkpoint / "model")[3]
+    if before != base_weights:
+        raise InputError(
+            f"init_from {config.init_from}: not the base that {checkpoint.parents[1]} was trained on so far "
+            f"(fingerprint {before} then, {base_weights} now); put that back, or choose another output for a new run"
+        )
+
+
 def check_extensions(run: Path, extensions: Sequence[Extension]) -> None:
     """Refuse to go on with other code than a run was trained with so far."""
     kept = {path.name: digest_file(path) for path in (run / FOLDER).glob("*.py")}
@@ -257,7 +273,7 @@ def build_state(
     `onednn` has all of them multiply by oneDNN on a CPU."""
     torch.manual_seed(config.seed)
     model = PixArt(config.model)
-    if fresh and config.init_from is not None:
+    if config.init_from is not None and (fresh or config.adapter is not None):
         notes = start_from(model, config.init_from, diffusion=config.diffusion)
         accelerator.print("\n".join([f"starting from {config.init_from}", *notes]))
     if null is not None:
@@ -266,11 +282,12 @@ def build_state(
     objective = make_objective(config.objective, config.diffusion, model, config.seed).to(accelerator.device)
     for module in (model, objective) if onednn else ():
         use_onednn(module)
-    parts = Parts.of(model, objective)
+    parts = Parts.of(model, objective, config.adapter, config.seed)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     if config.train.compile:
         model.compile_blocks()
-    freeze(model, config.train.freeze)
+    if config.adapter is None:
+        freeze(model, config.train.freeze)
     if config.train.parallel == "fsdp":  # accelerate's own way knows no CPU, and its prepare_model no sharded model
         for module in parts.trained.values():
             shard(module, accelerator.device)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pixart.adapters.load import WEIGHTS as ADAPTED
 from pixart.checkpoint.files import WEIGHTS, compare_shapes
 from pixart.config import to_dict
 from pixart.cpu import BOTH_LIBRARIES, uses_onednn
@@ -20,7 +21,7 @@ from pixart.provenance import revision, versions
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, is_sharded, local, rows, whole
 from pixart.train.optimizer_state import Moments, read_moments, take_moments
-from pixart.train.parts import MODEL, Parts, leaves_unused
+from pixart.train.parts import ADAPTER, MODEL, Parts, leaves_unused
 from pixart.train.throughput import CallCounter
 
 STATE = "training.pt"
@@ -51,7 +52,7 @@ class TrainState:
     _wrapped: nn.Module | None = None
 
     def __post_init__(self):
-        self.calls = CallCounter(self.parts.training)
+        self.calls = CallCounter(self.parts.training, self.parts.network)
 
     def wrap(self, example: Example) -> nn.Module:
         """The training module as it is called: itself in one process or sharded, else in torch's DDP, which is made at
@@ -127,10 +128,12 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
 
 
 def module_places(parts: Parts) -> dict[str, nn.Module]:
-    """Where in a checkpoint each module is: the network and its average are model folders, the others files."""
-    places: dict[str, nn.Module] = {"model": parts.network, "ema": parts.average}
+    """Where in a checkpoint each module is: the network (or the adapter on it) and its average are folders that
+    sampling takes, the others files."""
+    first = MODEL if MODEL in parts.trained else ADAPTER
+    places = {"model": parts.trained[first], "ema": parts.averages[first]}
     for name, module in parts.trained.items():
-        if name != MODEL:
+        if name != first:
             places |= {f"parts/{name}.safetensors": module, f"parts/{name}.ema.safetensors": parts.averages[name]}
     return places | {f"parts/{name}.kept.safetensors": module for name, module in parts.kept.items()}
 
@@ -145,7 +148,7 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
     """
     for place, module in module_places(state.parts).items():
         path = checkpoint / place
-        _load_weights(module, path if path.suffix else path / WEIGHTS)
+        _load_weights(module, path if path.suffix else path / (WEIGHTS if MODEL in state.parts.trained else ADAPTED))
     try:
         record = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         read_moments(checkpoint, record["optimizer"], state.optimizer, dict(state.parts.named_parameters()))

@@ -19,12 +19,13 @@ class CallCounter:
     without gradients. Padding of captions is counted, text encoder and autoencoder are not.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, *trained: PixArt):
+        """`trained` are networks that count as trained through although their own weights are frozen."""
         self.flops, self._active = 0, False
         self._trained: dict[PixArt, bool] = {}
         for network in module.modules():
             if isinstance(network, PixArt):
-                self._trained[network] = any(parameter.requires_grad for parameter in network.parameters())
+                self._trained[network] = network in trained or any(p.requires_grad for p in network.parameters())
                 network.register_forward_pre_hook(self._count, with_kwargs=True)
 
     @contextmanager

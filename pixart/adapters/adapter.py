@@ -1,0 +1,62 @@
+"""The contract of an adapter, and adapters by name."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pixart.errors import InputError
+from pixart.model.initialize import initialize
+from pixart.model.pixart import PixArt
+from pixart.registry import Registry
+from pixart.seeds import derive_seed
+
+
+class Adapter(nn.Module):
+    """Modules that change a network in place, by hooks or by taking a layer's place.
+
+    Its own parameters, and they alone, are trained, averaged and saved; the network keeps its names and weights. It
+    must start without an effect: the network with a new adapter is the network. Options of its own are keyword
+    arguments of its constructor, filled from `adapter.options`.
+    """
+
+    def __init__(self, network: PixArt):
+        super().__init__()
+
+
+ADAPTERS: Registry[type[Adapter]] = Registry("adapter.kind")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which adapter a network has."""
+
+    kind: str  # a key of ADAPTERS
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its constructor
+
+
+def adapt(network: PixArt, config: AdapterConfig, seed: int = 0) -> Adapter:
+    """Freeze a network and put a new adapter on it, which starts by `seed` and the names of its tensors.
+
+    Raises:
+        InputError: there is none of that name, it does not take an option, or it has nothing to train.
+    """
+    kind = ADAPTERS[config.kind]
+    network.requires_grad_(False)
+    try:
+        adapter = kind(network, **config.options)
+    except TypeError as error:
+        raise InputError(f"adapter '{config.kind}' refuses its options {config.options}: {error}") from None
+    if not any(True for _ in adapter.parameters()):
+        raise InputError(f"adapter '{config.kind}' with {config.options}: it has no parameter, so nothing would train")
+    initialize(adapter, derive_seed(seed, "adapter"))
+    return adapter.to(next(network.parameters()).device)
+
+
+def share(network: PixArt) -> PixArt:
+    """A second network around the same tensors, which another adapter may change."""
+    with torch.device("meta"):
+        twin = PixArt(network.config)
+    twin.load_state_dict(network.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
