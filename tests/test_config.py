@@ -447,7 +447,7 @@ DEFAULTS = {
     },
     "evaluate": {"retrieval": False},
     "extensions": [], "accept_changed_extensions": False,
-    "output": "runs/x", "seed": 0, "resume": "auto", "init_from": None, "prompts": [],
+    "output": "runs/x", "seed": 0, "resume": "auto", "init_from": None, "adapter": None, "prompts": [],
 }  # fmt: skip
 
 
