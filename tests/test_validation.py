@@ -20,8 +20,8 @@ from pixart.diffusion.losses import prediction_target
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.seeds import derive_seed
+from pixart.train.log import read_metrics
 from pixart.train.loop import train
-from pixart.train.report import read_metrics
 from pixart.train.setup import start
 from pixart.train.validate import draw_samples, validate
 from runs import build, make_pictures, settings

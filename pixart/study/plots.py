@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart.errors import InputError, missing_extra
-from pixart.train.report import BY_RATIO, ERROR, METRICS, find_ratios, is_number, read_metrics
+from pixart.train.log import BY_RATIO, ERROR, METRICS, find_ratios, is_number, read_metrics
 
 PANELS = {
     "loss": "training loss", "validation_loss": "validation loss",
