@@ -5,6 +5,7 @@ looking: is it alive (`heartbeat.json`), and how did it end (`summary.json`). Me
 import hashlib
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -246,14 +247,15 @@ def read_metrics(run: Path) -> list[dict]:
     """
     rows = list(read_rows(run / METRICS))
     for row in rows:
-        if by_ratio := [value for name, value in row.items() if name.startswith(BY_RATIO)]:
+        if by_ratio := [row[BY_RATIO + ratio] for ratio in find_ratios(row)]:
             row[ERROR] = mean_error(by_ratio) if all(map(is_number, by_ratio)) else None
     return rows
 
 
 def find_ratios(names: Iterable[str]) -> list[str]:
     """The ratios of noise to signal at which there are errors among metrics' names, as they are written there."""
-    return sorted({name.removeprefix(BY_RATIO) for name in names if name.startswith(BY_RATIO)}, key=float)
+    ratios = {name.removeprefix(BY_RATIO) for name in names if re.fullmatch(rf"{BY_RATIO}\d+(\.\d+)?", name)}
+    return sorted(ratios, key=float)
 
 
 def is_number(value: Any) -> bool:
