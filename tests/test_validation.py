@@ -17,11 +17,12 @@ from pixart.data.training_set import choose_held_out
 from pixart.diffusion import DiffusionConfig, make_schedule
 from pixart.diffusion.denoising_error import RATIOS, denoising_errors, mean_error
 from pixart.diffusion.losses import prediction_target
+from pixart.diffusion.objective import OBJECTIVES, Denoising
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.seeds import derive_seed
+from pixart.train.log import find_ratios, read_metrics
 from pixart.train.loop import train
-from pixart.train.report import read_metrics
 from pixart.train.setup import start
 from pixart.train.validate import draw_samples, validate
 from runs import build, make_pictures, settings
@@ -94,6 +95,25 @@ def test_a_mean_of_an_earlier_version_is_read_as_the_geometric_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row["validation_error"] for row in read_metrics(tmp_path)] == [pytest.approx(4), pytest.approx(4), None]
     assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_term_of_an_objective_never_takes_the_name_of_another_number(base, tmp_path):
+    class Named(Denoising):
+        def forward(self, network, example):
+            return {**super().forward(network, example), self.named: example.time}
+
+    OBJECTIVES.register("named")(Named)
+    changes = {"objective__name": "named", "data__validation": 0.3, "train__validate_every": 3}
+    Named.named = "error"
+    with pytest.raises(InputError, match="its term 'error' has the name of another metric"):
+        train(build(base, **changes))
+    Named.named = "error_of_hands"
+    run = train(build(base, **changes, output=str(tmp_path / "other"))).run
+    rows = [row for row in read_metrics(run) if "validation_error_of_hands" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["validation_error"] == mean_error(row[f"validation_error_{ratio:g}"] for ratio in RATIOS)
+    assert find_ratios(rows[0]) == ["0.25", "1", "4", "16"]
 
 
 def test_runs_of_any_prediction_are_validated_alike(base):

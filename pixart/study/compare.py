@@ -14,7 +14,7 @@ from pixart.model.flops import forward_flops
 from pixart.study.plots import name_runs
 from pixart.train.config import TrainConfig
 from pixart.train.history import CONFIG, FILE, read_run_config
-from pixart.train.report import BY_RATIO, ERROR, find_ratios, is_number, last_and_best, last_value, read_metrics
+from pixart.train.log import BY_RATIO, ERROR, find_ratios, is_number, last_and_best, last_value, read_metrics
 
 COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss", "validation_loss",
            "validation_error", "its best, at step")  # and the errors at every ratio of noise to signal  # fmt: skip

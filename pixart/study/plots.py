@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart.errors import InputError, missing_extra
-from pixart.train.report import BY_RATIO, ERROR, METRICS, find_ratios, is_number, read_metrics
+from pixart.train.log import BY_RATIO, ERROR, METRICS, find_ratios, is_number, read_metrics
 
 PANELS = {
     "loss": "training loss", "validation_loss": "validation loss",
@@ -88,8 +88,8 @@ def read_curves(run: Path, x: str = "step") -> dict[str, Curve]:
         raise InputError(f"{path}: no row has '{x}'; take another axis, as step")
     found = np.interp([row["step"] for row in rows], *zip(*known, strict=True)).tolist() if known else []
     for row, place in zip(rows, found, strict=True):
-        for key, value in row.items():
-            if not (key in PANELS or key.startswith(BY_RATIO)) or not is_number(value):
+        for key in (*PANELS, *(BY_RATIO + ratio for ratio in find_ratios(row))):
+            if not is_number(value := row.get(key)):
                 continue
             places, values = curves.setdefault(key, ([], []))
             places.append(place)

@@ -1,25 +1,35 @@
-"""What a run tells: metrics.jsonl always, accelerate's trackers, a progress bar, a heartbeat and a summary."""
+"""What a run tells: metrics.jsonl always, accelerate's trackers, a progress bar; and two small files for who is not
+looking: is it alive (`heartbeat.json`), and how did it end (`summary.json`). Metrics are read here, too.
+"""
 
+import hashlib
+import json
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from pixart.config import dump_yaml
+from pixart.diffusion.denoising_error import mean_error
 from pixart.errors import InputError, missing_extra
 from pixart.files import append_rows, read_rows, to_json, write_json, write_text
-from pixart.train import report
+from pixart.provenance import versions
 from pixart.train.config import TrainConfig
 from pixart.train.state import Progress
 from pixart.train.step import StepResult, read_results
 from pixart.train.throughput import measure_peak, memory_gb
 from pixart.train.timestep_bins import quarter_means
 
+METRICS, HEARTBEAT, SUMMARY = "metrics.jsonl", "heartbeat.json", "summary.json"
+ERROR, BY_RATIO = "validation_error", "validation_error_"
 BEAT = 30  # seconds after which a heartbeat is due between two logging points
 
 
@@ -31,10 +41,10 @@ class Watch:
         self.peak = config.train.peak_tflops
         self.hours_before, self.loss, self.warned = 0.0, None, set()
         if accelerator.is_main_process:
-            _cut_after(run / report.METRICS, progress.step)
-            self.hours_before = report.read_gpu_hours(run)
-            if (run / report.SUMMARY).exists():  # of the last start; this one is not over
-                (run / report.SUMMARY).unlink()
+            _cut_after(run / METRICS, progress.step)
+            self.hours_before = read_gpu_hours(run)
+            if (run / SUMMARY).exists():  # of the last start; this one is not over
+                (run / SUMMARY).unlink()
         if self.peak == "measure":
             dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
             self.peak = measure_peak(accelerator.device, dtype)
@@ -124,14 +134,14 @@ class Watch:
         """One line of metrics.jsonl, and the same to the trackers. What is not finite is said, and null in the file."""
         self.accelerator.log(values, step=step)
         if broken := [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]:
-            self.say(f"step {step}: {', '.join(broken)}; null in {report.METRICS}")
-        self._try(report.METRICS, lambda path: append_rows(path, [{"step": step, **values}]))
+            self.say(f"step {step}: {', '.join(broken)}; null in {METRICS}")
+        self._try(METRICS, lambda path: append_rows(path, [{"step": step, **values}]))
 
     def _beat(self) -> None:
         self.beat_at = time.perf_counter()
         values = {"step": self.progress.step, "steps": self.config.train.steps, "loss": self.loss, "time": time.time(),
                   "gpu_hours": self.gpu_hours}  # fmt: skip
-        self._try(report.HEARTBEAT, lambda path: write_json(path, values, durable=False))
+        self._try(HEARTBEAT, lambda path: write_json(path, values, durable=False))
 
     def _try(self, name: str, write: Callable[[Path], None]) -> None:
         """Write one of the run's small files in the main process; a full disk costs a line, not the run."""
@@ -156,9 +166,9 @@ class Watch:
         self.bar.close()
         told = self.config.train.peak_tflops
         peak = {"peak_tflops": self.peak, "peak_is": "measured" if told == "measure" else told and "given"}
-        summary = {**report.summarise(self.config, self.run, self.progress, error), "gpu_hours": self.gpu_hours, **peak}
+        summary = {**summarise(self.config, self.run, self.progress, error), "gpu_hours": self.gpu_hours, **peak}
         self._beat()
-        self._try(report.SUMMARY, lambda path: write_json(path, summary, durable=False))
+        self._try(SUMMARY, lambda path: write_json(path, summary, durable=False))
         self.accelerator.end_training()
 
 
@@ -186,3 +196,80 @@ def _cut_after(path: Path, step: int) -> None:
     """Drop the lines past `step`, which a run that was killed after its last checkpoint has left."""
     if path.exists():
         write_text(path, "".join(to_json(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+
+
+def read_gpu_hours(run: Path) -> float:
+    """Device-hours that the heartbeat of this run's last start came to; 0 where there was none.
+
+    The heartbeat knows the steps that a kill has lost, a checkpoint does not.
+    """
+    path = run / HEARTBEAT
+    if not path.exists():
+        return 0.0
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["gpu_hours"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it to count device-hours from 0") from None
+
+
+def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseException | None) -> dict:
+    """How a run stands or ended, as `summary.json` has it; `error` is what stopped it."""
+    finished = error is None and progress.step >= config.train.steps
+    why = "finished" if finished else "stopped by a signal"
+    if error is not None:
+        why = f"{type(error).__name__}: {error}".rstrip(": ")
+    rows = read_metrics(run)
+    return {
+        "finished": finished,
+        "why": why,
+        "step": progress.step,
+        "steps": config.train.steps,
+        "images": progress.images,
+        "seconds": progress.seconds,
+        "loss": last_value(rows, "loss"),
+        **last_and_best(rows, "validation_loss"),
+        **last_and_best(rows, ERROR),
+        "skipped": progress.skipped,
+        "unreadable": len(progress.unreadable),
+        "config_sha256": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
+        "versions": versions(),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- reading the metrics
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, none if it has none.
+
+    `validation_error` is made anew from the errors at its ratios: earlier versions logged their plain mean, which must
+    not be compared with the geometric one.
+    """
+    rows = list(read_rows(run / METRICS))
+    for row in rows:
+        if by_ratio := [row[BY_RATIO + ratio] for ratio in find_ratios(row)]:
+            row[ERROR] = mean_error(by_ratio) if all(map(is_number, by_ratio)) else None
+    return rows
+
+
+def find_ratios(names: Iterable[str]) -> list[str]:
+    """The ratios of noise to signal at which there are errors among metrics' names, as they are written there."""
+    ratios = {name.removeprefix(BY_RATIO) for name in names if re.fullmatch(rf"{BY_RATIO}\d+(\.\d+)?", name)}
+    return sorted(ratios, key=float)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a metric has a finite value: null stands for one that had none, NaN did in older files."""
+    return value is not None and math.isfinite(value)
+
+
+def last_value(rows: Sequence[dict], name: str) -> Any:
+    """The last row's that has it, None if it was not finite there; None where none has."""
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+def last_and_best(rows: Sequence[dict], name: str) -> dict[str, float | int | None]:
+    """A metric's last value, its lowest, and that one's step; None where it was not logged or is not finite."""
+    found = [(row[name], row["step"]) for row in rows if is_number(row.get(name))]
+    best, step = min(found, default=(None, None))
+    return {name: last_value(rows, name), f"best_{name}": best, f"best_{name}_step": step}

@@ -11,6 +11,7 @@ from torch import Tensor
 from pixart.contact_sheet import contact_sheet
 from pixart.data.samples import collate
 from pixart.diffusion.denoising_error import RATIOS, denoising_errors, mean_error
+from pixart.errors import InputError
 from pixart.inference.latents import decode, sample_latents, to_images
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import whole_model
@@ -52,13 +53,15 @@ def validate(session: Session, config: TrainConfig) -> dict[str, float]:
     total, count = sums.sum(1).tolist()
     count = count or math.nan  # nothing was held out, or none of it could be read
     by_ratio = (errors / count).tolist()
-    return {
+    row = {
         "validation_loss": total / count,
         **quarter_means(sums, "validation_loss"),
-        **{f"validation_{name}": state.accelerator.reduce(value).item() / count for name, value in terms.items()},
         "validation_error": mean_error(by_ratio),
         **{f"validation_error_{ratio:g}": error for ratio, error in zip(RATIOS, by_ratio, strict=True)},
     }
+    if taken := [name for name in terms if f"validation_{name}" in row]:
+        raise InputError(f"objective: its term '{taken[0]}' has the name of another metric; rename it")
+    return row | {f"validation_{name}": state.accelerator.reduce(value).item() / count for name, value in terms.items()}
 
 
 def draw_samples(session: Session, config: TrainConfig) -> Path | None:

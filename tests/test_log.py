@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pixart.diffusion.objective as objective_module
-import pixart.train.log as watch_module
+import pixart.train.log as log_module
 import pixart.train.loop as loop_module
 from pixart.config import load_config
 from pixart.diffusion.objective import TrainingModule
@@ -23,8 +23,8 @@ from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.train.config import TrainConfig
+from pixart.train.log import read_gpu_hours
 from pixart.train.loop import train
-from pixart.train.report import read_gpu_hours
 from pixart.train.setup import make_accelerator
 from pixart.train.state import Progress
 from pixart.train.step import StepResult
@@ -105,10 +105,10 @@ def test_model_tflops_are_those_of_the_batches_and_mfu_their_share_of_the_peak(b
 def test_a_window_counts_applied_steps_and_the_seconds_that_were_trained(base, monkeypatch):
     config, clock = build(base), [100.0]
     accelerator = make_accelerator(config)
-    monkeypatch.setattr(watch_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
     run = Path(base["output"])
     run.mkdir()
-    with watch_module.Watch(accelerator, config, run, Progress(step=3)) as watch:
+    with log_module.Watch(accelerator, config, run, Progress(step=3)) as watch:
         for loss, outcome, images in ((2.0, 0, 8), (1e9, 2, 8), (4.0, 0, 6), (math.nan, 1, 2)):
             loss, norm, *numbers = (torch.tensor(float(value)) for value in (loss, loss / 2, images, outcome))
             terms, quarters = {"loss": loss, "term": 2 * loss}, torch.full((2, 4), 1.0 + outcome)
@@ -215,7 +215,7 @@ def test_a_failed_run_says_why_and_no_summary_of_an_earlier_start_stays(base, mo
 
 
 def test_the_heart_beats_between_logging_points(base, monkeypatch):
-    monkeypatch.setattr(watch_module, "BEAT", 0)
+    monkeypatch.setattr(log_module, "BEAT", 0)
     original, beats = loop_module.train_step, []
 
     def step(*arguments):
@@ -232,8 +232,8 @@ def test_small_files_that_cannot_be_written_cost_a_warning_not_the_run(base, mon
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(watch_module, "append_rows", full)
-    monkeypatch.setattr(watch_module, "write_json", full)
+    monkeypatch.setattr(log_module, "append_rows", full)
+    monkeypatch.setattr(log_module, "write_json", full)
     assert train(build(base)).finished
     text = capsys.readouterr()
     assert (text.out + text.err).count("metrics.jsonl could not be written ([Errno 28] No space left on device)") == 1
