@@ -238,8 +238,8 @@ def stripes(path, fields):
         yield Item(name, path.parent / name, fields.take({"text": caption}), f"{path}, {name}")
 
 
-def one_step(denoise, x, schedule, steps, *, callback=None):
-    return denoise(x, schedule.last).x0
+def one_step(denoise, x, schedule, times, *, callback=None):
+    return denoise(x, times[0]).x0
 
 
 SAMPLERS.register("one_step")(Sampler(one_step, 1, (), 1, 1, flow=True))

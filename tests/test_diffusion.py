@@ -7,9 +7,10 @@ import torch
 
 from pixart.diffusion import DiffusionConfig, diffusion_loss, guide, make_denoise, make_schedule
 from pixart.diffusion.losses import loss_weight, prediction_target, to_x0
-from pixart.diffusion.samplers import ddim, dpm_solver, draw_noise, euler, flow_times, heun, iddpm
+from pixart.diffusion.samplers import ddim, dpm_solver, draw_noise, euler, heun, iddpm
 from pixart.diffusion.sampling import SampleConfig, resolve, sample
 from pixart.diffusion.schedule import DiscreteSchedule, FlowSchedule
+from pixart.diffusion.timesteps import chain_times, uniform
 from pixart.errors import InputError
 from toy import relative, toy_network
 
@@ -143,7 +144,7 @@ def test_flow_solvers_converge_with_their_order_to_the_exact_end(solver, order, 
     denoise = make_denoise(gaussian_flow, FLOW, config)
     x = draw(3).double()
     exact = 0.5 + 0.5 * x  # the flow's map between the two Gaussians
-    errors = [(solver(denoise, x, FLOW, n) - exact).norm().item() for n in (40, 80)]
+    errors = [(solver(denoise, x, FLOW, uniform(FLOW, n)) - exact).norm().item() for n in (40, 80)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
@@ -166,8 +167,12 @@ def test_dpm_solver_converges_with_its_order(monkeypatch):
     x = draw(3).double()
     errors = {}
     for order in (1, 2, 3):
-        reference = dpm_solver(denoise, x, schedule, 2560, order=order)
-        errors[order] = [(dpm_solver(denoise, x, schedule, n, order=order) - reference).norm() for n in (40, 320, 640)]
+
+        def solve(steps: int, order: int = order) -> torch.Tensor:
+            return dpm_solver(denoise, x, schedule, uniform(schedule, steps), order=order)
+
+        reference = solve(2560)
+        errors[order] = [(solve(n) - reference).norm() for n in (40, 320, 640)]
     for order, expected in ((1, 1), (2, 2), (3, 2)):  # see dpm_solver's docstring about the third
         assert math.log2(errors[order][1] / errors[order][2]) == pytest.approx(expected, abs=0.25), order
     assert errors[3][0] < errors[2][0] / 5 < errors[1][0] / 15
@@ -183,10 +188,10 @@ def test_ddim_and_ddpm_agree_with_the_gaussian_they_sample():
     denoise = make_denoise(network, LINEAR, DiffusionConfig())
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
     for name, run in {
-        "ddim": lambda x: ddim(denoise, x, LINEAR, 100),
-        "ddim, eta 1": lambda x: ddim(denoise, x, LINEAR, 250, generators, eta=1.0),
-        "iddpm": lambda x: iddpm(denoise, x, LINEAR, 1000, generators),
-        "dpm_solver": lambda x: dpm_solver(denoise, x, LINEAR, 50),
+        "ddim": lambda x: ddim(denoise, x, LINEAR, chain_times(LINEAR, 100)),
+        "ddim, eta 1": lambda x: ddim(denoise, x, LINEAR, chain_times(LINEAR, 250), generators, eta=1.0),
+        "iddpm": lambda x: iddpm(denoise, x, LINEAR, chain_times(LINEAR, 1000), generators),
+        "dpm_solver": lambda x: dpm_solver(denoise, x, LINEAR, uniform(LINEAR, 50)),
     }.items():
         result = run(draw(5, (64, 3, 16, 16)))
         assert result.mean().item() == pytest.approx(0.5, abs=0.02), name
@@ -196,7 +201,9 @@ def test_ddim_and_ddpm_agree_with_the_gaussian_they_sample():
 def test_the_alpha_ending_lowers_the_order_below_ten_steps_alone():
     x, denoise = draw(3), toy_denoise()
     for steps in (3, 9, 10, 11, 20):
-        alpha, sigma = (dpm_solver(denoise, x, LINEAR, steps, ending=ending) for ending in ("alpha", "sigma"))
+        alpha, sigma = (
+            dpm_solver(denoise, x, LINEAR, uniform(LINEAR, steps), ending=ending) for ending in ("alpha", "sigma")
+        )
         assert torch.equal(alpha, sigma) == (steps < 10), steps
 
 
@@ -214,14 +221,14 @@ def test_guidance_follows_its_formula_and_spares_the_network_where_it_is_off():
     x = draw(0, (1, 3, 4, 4))
     conditional = make_denoise(network([2.0]), LINEAR, DiffusionConfig())
     both = make_denoise(network([2.0, 1.0]), LINEAR, DiffusionConfig())
-    result = guide(conditional, both, LINEAR, 4.5)(x, 500.0)
+    result = guide(conditional, None, LINEAR, 4.5, together=both)(x, 500.0)
     assert relative(result.eps, x * (1 + 4.5 * (2 - 1))) <= 1e-6
     alpha, sigma = LINEAR.alpha_sigma(500.0)
     assert relative(result.x0, (x - sigma * result.eps) / alpha) <= 1e-6
     assert torch.equal(result.variance, torch.full_like(x, 0.25)), "the caption's variance, not a mixture"
     assert calls == [2]
-    guide(conditional, both, LINEAR, 1.0)(x, 500.0)
-    interval = guide(conditional, both, LINEAR, 4.5, interval=(200.0, 700.0))
+    guide(conditional, None, LINEAR, 1.0, together=both)(x, 500.0)
+    interval = guide(conditional, None, LINEAR, 4.5, together=both, interval=(200.0, 700.0))
     for t in (100.0, 200.0, 700.0, 701.0):
         interval(x, t)
     assert calls == [2, 1, 1, 2, 2, 1]
@@ -235,8 +242,8 @@ def test_rescaled_guidance_restores_the_contrast():
     both = make_denoise(lambda x, t: torch.cat([x[:4] * 0.9, x[4:] * tint + 0.1]), LINEAR, DiffusionConfig())
     plain = conditional(x, 500.0)
     for rescale in (0.0, 0.7, 1.0):
-        result = guide(conditional, both, LINEAR, 4.5, rescale=rescale)(x, 500.0)
-        guided = guide(conditional, both, LINEAR, 4.5)(x, 500.0)
+        result = guide(conditional, None, LINEAR, 4.5, together=both, rescale=rescale)(x, 500.0)
+        guided = guide(conditional, None, LINEAR, 4.5, together=both)(x, 500.0)
         spread = [v.x0.std(dim=(1, 2, 3)) for v in (plain, guided, result)]
         assert torch.allclose(spread[2], rescale * spread[0] + (1 - rescale) * spread[1], rtol=1e-5)
         alpha, sigma = LINEAR.alpha_sigma(500.0)
@@ -249,8 +256,8 @@ def test_noise_belongs_to_its_generator_not_to_its_batch():
 
 
 def test_flow_times_go_from_noise_to_picture_and_shift_towards_noise():
-    assert flow_times(4) == [1000, 750, 500, 250, 0]
-    shifted = flow_times(4, shift=3.0)
+    assert uniform(FLOW, 4) == [1000, 750, 500, 250]
+    shifted = [*uniform(FLOW, 4, shift=3.0), 0.0]
     assert shifted[0] == 1000 and shifted[-1] == 0
     assert shifted[2] == pytest.approx(1000 * 3 * 0.5 / (1 + 2 * 0.5))
 
@@ -264,10 +271,10 @@ def test_every_sampler_runs_by_name_and_reports_each_step(name):
     result = sample(
         make_denoise(lambda x, t: x * 0.5, schedule, diffusion),
         draw(0), schedule, SampleConfig(sampler=name, steps=5), [torch.Generator() for _ in range(4)],
-        lambda step, x: seen.append((step, x.shape)),
+        lambda step, x, x0: seen.append((step, x.shape, x0.shape)),
     )  # fmt: skip
     assert torch.isfinite(result).all()
-    assert seen == [(i, SHAPE) for i in range(5)]
+    assert seen == [(i, SHAPE, SHAPE) for i in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -316,9 +323,7 @@ def test_what_resolve_lets_through_a_sampler_takes(name, steps):
         lambda: SampleConfig(rescale=2.0),
         lambda: LINEAR.respace(1),
         lambda: LINEAR.respace(1001),
-        lambda: dpm_solver(toy_denoise(), draw(0), LINEAR, 2, order=3),
-        lambda: ddim(toy_denoise(), draw(0), LINEAR, 10, eta=1.0),
-        lambda: flow_times(0),
+        lambda: ddim(toy_denoise(), draw(0), LINEAR, chain_times(LINEAR, 10), eta=1.0),
         lambda: make_denoise(lambda x, t: x[:, :2], LINEAR, DiffusionConfig())(draw(0), 5.0),
         lambda: diffusion_loss(FLOW, DiffusionConfig("flow", "velocity"), draw(0, (4, 6, 6, 6)), draw(0), draw(1),
                                torch.ones(4)),

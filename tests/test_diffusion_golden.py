@@ -10,6 +10,7 @@ from pixart.diffusion import DiffusionConfig, diffusion_loss, guide, make_denois
 from pixart.diffusion.losses import variational_bound
 from pixart.diffusion.samplers import ddim_step, dpm_solver, iddpm_step, posterior
 from pixart.diffusion.schedule import DiscreteSchedule
+from pixart.diffusion.timesteps import uniform
 from toy import relative, toy_network
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,14 +75,16 @@ def test_single_steps_are_the_official_ones(steps, clip):
     for row, i in enumerate(golden[f"in.{steps}.t"].tolist()):
         x, noise, output = (golden[name][row : row + 1] for name in ("in.x", "in.noise", "in.model_out"))
         denoise = make_denoise(lambda x, t, output=output: output, LINEAR, DiffusionConfig())
-        mean, log_variance = posterior(denoise, x, chain, i, clip_x0=clip)
+        mean, log_variance, _ = posterior(denoise, x, chain, i, clip_x0=clip)
         made = {
             f"{prefix}.pmv.clip{clip:d}.mean": mean,
             f"{prefix}.pmv.clip{clip:d}.log_variance": log_variance,
-            f"{prefix}.p_sample.clip{clip:d}": iddpm_step(denoise, x, chain, i, noise, clip_x0=clip),
+            f"{prefix}.p_sample.clip{clip:d}": iddpm_step(denoise, x, chain, i, noise, clip_x0=clip)[0],
         }
         for eta in (0, 1):
-            made[f"{prefix}.ddim.clip{clip:d}.eta{eta}"] = ddim_step(denoise, x, chain, i, noise, eta=eta, clip_x0=clip)
+            made[f"{prefix}.ddim.clip{clip:d}.eta{eta}"] = ddim_step(
+                denoise, x, chain, i, noise, eta=eta, clip_x0=clip
+            )[0]
         for name, value in made.items():
             results.setdefault(name, []).append(value)
     for name, parts in results.items():
@@ -102,9 +105,10 @@ def test_dpm_solver_is_the_official_one(ending, order, steps):
 
     config = DiffusionConfig()
     denoise = guide(
-        make_denoise(toy_network(golden["in.c"]), LINEAR, config), make_denoise(network, LINEAR, config), LINEAR, 4.5
-    )
-    result = dpm_solver(denoise, golden["in.x"], LINEAR, steps, order=order, ending=ending)
+        make_denoise(toy_network(golden["in.c"]), LINEAR, config), None, LINEAR, 4.5,
+        together=make_denoise(network, LINEAR, config),
+    )  # fmt: skip
+    result = dpm_solver(denoise, golden["in.x"], LINEAR, uniform(LINEAR, steps), order=order, ending=ending)
     assert relative(result, golden[f"out.{ending}.multistep.time_uniform.o{order}.s{steps}"]) <= 5e-6
     times = golden["model_t.alpha.s14" if steps == 14 else "model_t.sigma.s20"]
     assert torch.allclose(torch.tensor(called), times, rtol=0, atol=1e-4)

@@ -90,7 +90,7 @@ def test_every_sampler_ends_where_it_does_on_the_cpu_and_never_waits(sampler):
     draw(network)  # tables of the schedule reach the device once
     with ExitStack() as stack:  # captions are copied before the first step; from then on nothing waits
 
-        def after_step(step: int, _: torch.Tensor) -> None:
+        def after_step(step: int, *_: torch.Tensor) -> None:
             if step == 0:
                 stack.enter_context(no_waiting())
 

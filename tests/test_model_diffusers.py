@@ -6,6 +6,7 @@ import torch
 from pixart.diffusion import DiffusionConfig, make_denoise
 from pixart.diffusion.samplers import dpm_solver
 from pixart.diffusion.schedule import DiscreteSchedule
+from pixart.diffusion.timesteps import uniform
 from toy import relative, tiny_inputs, tiny_model
 
 diffusers = pytest.importorskip("diffusers", reason="the reference of these tests; extra: test")
@@ -99,7 +100,8 @@ def test_twenty_steps_of_dpm_solver_end_near_diffusers():
     inputs = tiny_inputs(model)
     caption, mask, x = inputs["caption"], inputs["caption_mask"], inputs["x"]
     denoise = make_denoise(lambda x, t: model(x, t, caption, mask), DiscreteSchedule.linear(), DiffusionConfig())
-    ours = dpm_solver(denoise, x, DiscreteSchedule.linear(), 20)
+    schedule = DiscreteSchedule.linear()
+    ours = dpm_solver(denoise, x, schedule, uniform(schedule, 20))
 
     scheduler = diffusers.DPMSolverMultistepScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2

@@ -12,6 +12,7 @@ from pixart.diffusion.sa_solver import sa_solver
 from pixart.diffusion.samplers import draw_noise
 from pixart.diffusion.sampling import SampleConfig, resolve, sample
 from pixart.diffusion.schedule import DiscreteSchedule, FlowSchedule
+from pixart.diffusion.timesteps import uniform
 from pixart.errors import InputError
 from toy import relative, toy_network
 
@@ -41,27 +42,29 @@ def test_sa_solver_is_the_official_one(steps, tau):
     golden = load_file(GOLDEN / "sa_solver.safetensors")
     condition, both = golden["in.c"], torch.cat([golden["in.c"], golden["in.u"]])
     single, double = (make_denoise(toy_network(c), LINEAR, DiffusionConfig()) for c in (condition, both))
-    denoise = guide(single, double, LINEAR, 4.5)
+    denoise = guide(single, None, LINEAR, 4.5, together=double)
     noises = golden[f"noise.s{steps}"][1:]  # the first is drawn and not used
-    result = sa_solver(denoise, golden["in.x"], LINEAR, steps, tau=tau, noises=noises)
+    result = sa_solver(denoise, golden["in.x"], LINEAR, uniform(LINEAR, steps), tau=tau, noises=noises)
     assert relative(result, golden[f"out.s{steps}.eta{tau}"]) <= 5e-6
 
 
 def test_sa_solver_calls_the_model_once_a_step_and_draws_from_each_pictures_generator():
     called = []
-    result = sa_solver(toy_denoise(called), START, LINEAR, 12, generators())
+    result = sa_solver(toy_denoise(called), START, LINEAR, uniform(LINEAR, 12), generators())
     assert called == pytest.approx([999 * (1 - i / 12) for i in range(12)])
-    alone = sa_solver(toy_denoise(), START[1:], LINEAR, 12, generators()[1:])
+    alone = sa_solver(toy_denoise(), START[1:], LINEAR, uniform(LINEAR, 12), generators()[1:])
     assert torch.equal(alone, result[1:])
-    assert relative(sa_solver(toy_denoise(), START, LINEAR, 12, tau=0.0), result) > 0.05
-    with pytest.raises(InputError, match="needs a generator per picture"):
-        sa_solver(toy_denoise(), START, LINEAR, 12)
+    assert relative(sa_solver(toy_denoise(), START, LINEAR, uniform(LINEAR, 12), tau=0.0), result) > 0.05
+    with pytest.raises(InputError, match="needs a generator per image"):
+        sa_solver(toy_denoise(), START, LINEAR, uniform(LINEAR, 12))
 
 
 def test_without_noise_sa_solver_is_of_second_order():
-    reference = sa_solver(toy_denoise(), START, LINEAR, 800, tau=0.0)
+    reference = sa_solver(toy_denoise(), START, LINEAR, uniform(LINEAR, 800), tau=0.0)
     # the schedule's last time, 0, is where σ changes fastest: measured between 50 and 200 steps
-    coarse, fine = (relative(sa_solver(toy_denoise(), START, LINEAR, n, tau=0.0), reference) for n in (50, 200))
+    coarse, fine = (
+        relative(sa_solver(toy_denoise(), START, LINEAR, uniform(LINEAR, n), tau=0.0), reference) for n in (50, 200)
+    )
     assert fine < coarse / 12  # 16 for order 2 exactly, 4 for order 1
 
 
@@ -75,7 +78,7 @@ def test_lcm_is_diffusers_lcm(steps):
         output = toy_network(CAPTION)(x, t.expand(2).float())
         # the scheduler draws a batch from one generator; a list of them makes one per picture
         x = scheduler.step(output, t, x, generator=noises, return_dict=False)[0]
-    assert relative(lcm(toy_denoise(), START, LINEAR, steps, generators()), x) <= 5e-6
+    assert relative(lcm(toy_denoise(), START, LINEAR, lcm_times(LINEAR, steps), generators()), x) <= 5e-6
 
 
 def test_lcm_times_are_those_of_diffusers_for_every_number_of_steps():
@@ -145,7 +148,7 @@ def test_dmd_has_one_step_and_tau_is_not_negative():
 def test_the_new_samplers_run_by_name_and_report_each_step(name, steps):
     seen = []
     config = SampleConfig(sampler=name, steps=steps)
-    x = sample(toy_denoise(), START, LINEAR, config, generators(), lambda step, x: seen.append((step, x)))
+    x = sample(toy_denoise(), START, LINEAR, config, generators(), lambda step, x, x0: seen.append((step, x)) or None)
     assert [step for step, _ in seen] == list(range(steps))
     assert torch.equal(seen[-1][1], x)
     assert torch.isfinite(x).all()

@@ -15,42 +15,39 @@ LCM_SIGMA_DATA, LCM_TIME_SCALE = 0.5, 10.0
 DMD_TIME = 400.0  # the one time that PixArt's DMD was distilled at
 
 
-def lcm_times(schedule: DiscreteSchedule, steps: int) -> list[int]:
+def lcm_times(schedule: DiscreteSchedule, steps: int) -> list[float]:
     """Falling times of a multistep LCM: evenly spread over the grid that it was distilled at."""
     if not 1 <= steps <= LCM_GRID:
         raise InputError(f"lcm: got {steps} steps, expected 1 to {LCM_GRID}, the times it was distilled at")
     stride = len(schedule) // LCM_GRID
-    return [stride * (LCM_GRID - i * LCM_GRID // steps) - 1 for i in range(steps)]
+    return [float(stride * (LCM_GRID - i * LCM_GRID // steps) - 1) for i in range(steps)]
 
 
 def lcm(
     denoise: Denoise,
     x: Tensor,
     schedule: DiscreteSchedule,
-    steps: int,
+    times: Sequence[float],
     generators: Sequence[torch.Generator],
     *,
     callback: Callback | None = None,
 ) -> Tensor:
     """Multistep latent consistency sampling (arXiv 2310.04378, algorithm 3; PixArt-δ, arXiv 2401.05252)."""
-    times = lcm_times(schedule, steps)
     for i, t in enumerate(times):
         scaled = LCM_TIME_SCALE * t / LCM_SIGMA_DATA
         skip, out = 1 / (scaled**2 + 1), scaled / (scaled**2 + 1) ** 0.5  # near 0 and 1: x at t = 0 is the picture
-        x = skip * x + out * denoise(x, float(t)).x0
-        if i + 1 < steps:
+        x = x0 = skip * x + out * denoise(x, float(t)).x0
+        if i + 1 < len(times):
             alpha, sigma = schedule.alpha_sigma(times[i + 1])
             x = alpha * x + sigma * draw_noise(generators, x.shape[1:], x.device)
-        report(callback, i, x)
+        x = report(callback, i, x, x0)
     return x
 
 
 def dmd(
-    denoise: Denoise, x: Tensor, schedule: DiscreteSchedule, steps: int = 1, *, callback: Callback | None = None
-) -> Tensor:
-    """Distribution matching distillation (arXiv 2311.18828): the picture in one call at t = 400, x standard normal."""
-    if steps != 1:
-        raise InputError(f"dmd: got {steps} steps, it has one")
-    x = denoise(x, DMD_TIME).x0
-    report(callback, 0, x)
-    return x
+    denoise: Denoise, x: Tensor, schedule: DiscreteSchedule, times: Sequence[float] = (DMD_TIME,), *,
+    callback: Callback | None = None,
+) -> Tensor:  # fmt: skip
+    """Distribution matching distillation (arXiv 2311.18828): the image in one call, x standard normal at any time."""
+    x0 = denoise(x, times[0]).x0
+    return report(callback, 0, x0, x0)

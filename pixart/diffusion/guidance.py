@@ -42,43 +42,52 @@ def make_denoise(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule
 
 
 def guide(
-    conditional: Denoise,
-    both: Denoise,
+    first: Denoise,
+    second: Denoise | None,
     schedule: Schedule,
     scale: float,
     *,
+    together: Denoise | None = None,
     interval: tuple[float, float] = (0.0, 1000.0),
     rescale: float = 0.0,
 ) -> Denoise:
-    """Classifier-free guidance (arXiv 2207.12598): null + scale · (conditional - null), on every noise channel.
+    """Guidance away from a second denoiser: second + scale · (first - second), on every noise channel.
+
+    With the null caption as the second that is classifier-free guidance (arXiv 2207.12598), with a weaker model
+    autoguidance (arXiv 2406.02507).
 
     Args:
-        conditional: denoises B pictures under their captions.
-        both: denoises 2B, the first half under the captions, the second under the null caption.
+        first, second: any two denoisers of B images; `second` may be None where `together` is given.
+        together: denoises 2B images, the first half as `first`, the second as `second`: one call in place of two.
         scale: 1 means no guidance, and costs none.
-        interval: times at which to guide, ends included (arXiv 2404.07724); outside it only `conditional` is called.
-        rescale: 0 … 1, how far the guided x0 gets back the conditional one's contrast (arXiv 2305.08891, section 3.4).
+        interval: times at which to guide, ends included (arXiv 2404.07724); outside it only `first` is called.
+        rescale: 0 … 1, how far the guided x0 gets back the first one's contrast (arXiv 2305.08891, section 3.4).
     """
     if not 0 <= rescale <= 1:
         raise InputError(f"guidance rescale: got {rescale}, expected 0 to 1")
     if interval[0] > interval[1]:
         raise InputError(f"guidance interval: got {interval}, expected (low, high)")
+    if second is None and together is None:
+        raise InputError("guide: got neither a second denoiser nor one for both together")
 
     def denoise(x: Tensor, t: float) -> Prediction:
         if scale == 1 or not interval[0] <= t <= interval[1]:
-            return conditional(x, t)
-        prediction = both(torch.cat([x, x]), t)
-        (eps, null_eps), (x0, null_x0) = prediction.eps.chunk(2), prediction.x0.chunk(2)
+            return first(x, t)
+        here, there = (first(x, t), second(x, t)) if together is None else _halves(together(torch.cat([x, x]), t))
         guided = Prediction(
-            null_eps + scale * (eps - null_eps),
-            null_x0 + scale * (x0 - null_x0),
-            None if prediction.variance is None else prediction.variance.chunk(2)[0],
+            there.eps + scale * (here.eps - there.eps), there.x0 + scale * (here.x0 - there.x0), here.variance
         )
         if not rescale:
             return guided
-        contrast = x0.std(dim=(1, 2, 3), keepdim=True) / guided.x0.std(dim=(1, 2, 3), keepdim=True)
+        contrast = here.x0.std(dim=(1, 2, 3), keepdim=True) / guided.x0.std(dim=(1, 2, 3), keepdim=True)
         rescaled = guided.x0 * (rescale * contrast + 1 - rescale)
         alpha, sigma = schedule.alpha_sigma(t)
         return guided._replace(x0=rescaled, eps=(x - alpha * rescaled) / sigma)
 
     return denoise
+
+
+def _halves(prediction: Prediction) -> tuple[Prediction, Prediction]:
+    """A prediction for 2B images → those for the first B and the others."""
+    parts = [(None, None) if value is None else value.chunk(2) for value in prediction]
+    return Prediction(*(part[0] for part in parts)), Prediction(*(part[1] for part in parts))

@@ -18,14 +18,14 @@ def sa_solver(
     denoise: Denoise,
     x: Tensor,
     schedule: DiscreteSchedule,
-    steps: int,
+    times: Sequence[float],
     generators: Sequence[torch.Generator] | None = None,
     *,
     tau: float = 1.0,
     noises: Sequence[Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Predict, evaluate, correct, in uniform and fractional times from 999 to 0; one call of `denoise` a step.
+    """Predict, evaluate, correct, over falling times, fractional allowed, and to time 0; one call of `denoise` a step.
 
     The last step is of order 1, adds no noise and is not corrected.
 
@@ -34,8 +34,8 @@ def sa_solver(
         noises: what to add, one (B, C, H, W) a step, instead of the generators' draws.
     """
     if tau and generators is None and noises is None:
-        raise InputError("sa_solver: tau > 0 adds noise and needs a generator per picture")
-    times = [schedule.last * (1 - i / steps) for i in range(steps + 1)]
+        raise InputError("sa_solver: tau > 0 adds noise and needs a generator per image")
+    steps, times = len(times), [*times, 0.0]
     alphas, sigmas = zip(*(schedule.alpha_sigma(t) for t in times), strict=True)
     lambdas = [math.log(a / s) for a, s in zip(alphas, sigmas, strict=True)]  # half the log signal-to-noise ratio
     x0, before, h = denoise(x, times[0]).x0, None, 0.0  # predictions at this step's start and the last one's
@@ -56,5 +56,5 @@ def sa_solver(
         if not last:
             before, x0 = x0, denoise(x, times[i + 1]).x0
             x = base + weight * (x0 - before)
-        report(callback, i, x)
+        x = report(callback, i, x, x0)
     return x

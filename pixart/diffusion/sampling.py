@@ -12,6 +12,7 @@ from pixart.diffusion import distilled, samplers
 from pixart.diffusion.guidance import Denoise
 from pixart.diffusion.sa_solver import sa_solver
 from pixart.diffusion.schedule import TRAIN_STEPS, FlowSchedule, Schedule
+from pixart.diffusion.timesteps import SPACINGS, chain_times, check_times, uniform
 from pixart.errors import InputError
 from pixart.registry import Registry
 
@@ -33,6 +34,8 @@ class SampleConfig:
     tau: float = setting(1.0, option=True)  # sa_solver: noise added on the way, 0 is none
     clip_x0: bool = setting(False, option=True)  # iddpm and ddim, for models of pixels
     shift: float = setting(1.0, option=True)  # euler and heun
+    spacing: str = "auto"  # of the times: a key of SPACINGS; auto is the sampler's own
+    times: tuple[float, ...] = ()  # a list of one's own instead of steps and spacing, falling
 
     def __post_init__(self):
         if self.steps is not None and self.steps < 1:
@@ -50,28 +53,39 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver and what it takes: function(denoise, x, schedule, steps, *, callback, …options) → scaled latents."""
+    """A solver and what it takes: function(denoise, x, schedule, times, *, callback, …options) → scaled latents."""
 
     function: Callable[..., Tensor]
     steps: int  # the default
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
     least: int = 1  # steps that it takes
     most: int | None = None
-    draws: bool = False  # takes a generator per picture
+    draws: bool = False  # takes a generator per image
     distilled: bool = False  # guidance is in the weights
     flow: bool = False  # for flow schedules; else for discrete ones
+    own: Callable[[Schedule, int], Sequence[float]] | None = None  # its own times of so many steps; none is uniform
+    spacings: tuple[str, ...] = ()  # what else it takes
+    whole: bool = False  # takes whole times alone
+    midway: bool = True  # may start from an image with noise
 
 
+def _dmd_times(schedule: Schedule, steps: int) -> list[float]:
+    return [distilled.DMD_TIME]
+
+
+_ANY, _CHAIN = ("uniform", "trailing", "karras"), {"whole": True, "spacings": ("trailing", "karras")}
 SAMPLERS: Registry[Sampler] = Registry("sampler")
 for _name, _sampler in {
-    "dpm_solver": Sampler(samplers.dpm_solver, 20, ("order", "ending")),
-    "iddpm": Sampler(samplers.iddpm, 100, ("clip_x0",), 2, TRAIN_STEPS, draws=True),
-    "ddim": Sampler(samplers.ddim, 50, ("eta", "clip_x0"), 2, TRAIN_STEPS, draws=True),
-    "sa_solver": Sampler(sa_solver, 25, ("tau",), draws=True),
-    "lcm": Sampler(distilled.lcm, 4, (), 1, distilled.LCM_GRID, draws=True, distilled=True),
-    "dmd": Sampler(distilled.dmd, 1, (), 1, 1, distilled=True),
-    "euler": Sampler(samplers.euler, 30, ("shift",), flow=True),
-    "heun": Sampler(samplers.heun, 15, ("shift",), flow=True),
+    "dpm_solver": Sampler(samplers.dpm_solver, 20, ("order", "ending"), spacings=_ANY),
+    "iddpm": Sampler(samplers.iddpm, 100, ("clip_x0",), 2, TRAIN_STEPS, draws=True, own=chain_times, **_CHAIN),
+    "ddim": Sampler(samplers.ddim, 50, ("eta", "clip_x0"), 2, TRAIN_STEPS, draws=True, own=chain_times, **_CHAIN),
+    "sa_solver": Sampler(sa_solver, 25, ("tau",), draws=True, spacings=_ANY),
+    "lcm": Sampler(
+        distilled.lcm, 4, (), 1, distilled.LCM_GRID, draws=True, distilled=True, own=distilled.lcm_times, whole=True
+    ),
+    "dmd": Sampler(distilled.dmd, 1, (), 1, 1, distilled=True, own=_dmd_times, midway=False),
+    "euler": Sampler(samplers.euler, 30, ("shift",), flow=True, spacings=("uniform",)),
+    "heun": Sampler(samplers.heun, 15, ("shift",), flow=True, spacings=("uniform",)),
 }.items():
     SAMPLERS.register(_name)(_sampler)
 GUIDANCE = 4.5  # of the released models
@@ -95,9 +109,38 @@ def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
     guidance = config.guidance if config.guidance is not None else 1.0 if chosen.distilled else GUIDANCE
     if chosen.distilled and guidance != 1:
         raise InputError(f"sampler '{name}' is for models with guidance in their weights: got {guidance}, set it to 1")
-    steps = config.steps or chosen.steps
+    if config.times and (config.steps not in (None, len(config.times)) or config.spacing != "auto"):
+        raise InputError("sample.times are all that a sampler visits; leave sample.steps and sample.spacing out")
+    steps = len(config.times) or config.steps or chosen.steps
     _check_steps(name, steps, config.order)
-    return replace(config, sampler=name, steps=steps, guidance=guidance)
+    if config.spacing != "auto":
+        _ = SPACINGS[config.spacing]
+        if config.spacing not in chosen.spacings:
+            taken = ", ".join(chosen.spacings) or "none but its own (auto)"
+            raise InputError(f"sampler '{name}' cannot take sample.spacing '{config.spacing}'; it takes {taken}")
+    config = replace(config, sampler=name, steps=steps, guidance=guidance)
+    visited_times(config, schedule)
+    return config
+
+
+def visited_times(config: SampleConfig, schedule: Schedule) -> list[float]:
+    """The falling times at which a resolved config's sampler calls the network; the last int(steps · strength) of them
+    are those of a process that starts midway."""
+    chosen = SAMPLERS[config.sampler]
+    if config.times:
+        return check_times(config.times, schedule, whole=chosen.whole)
+    if config.spacing == "auto":
+        return list(chosen.own(schedule, config.steps) if chosen.own else uniform(schedule, config.steps, config.shift))
+    times = SPACINGS[config.spacing](schedule, config.steps, config.shift)
+    if not chosen.whole:
+        return times
+    whole = [float(round(t)) for t in times]
+    if len(set(whole)) < len(whole):
+        raise InputError(
+            f"sample.spacing '{config.spacing}' with {len(whole)} steps visits a whole time twice, which sampler "
+            f"'{config.sampler}' cannot; take fewer steps"
+        )
+    return whole
 
 
 def _check_steps(name: str, steps: int, order: int) -> None:
@@ -119,11 +162,17 @@ def sample(
     config: SampleConfig,
     generators: Sequence[torch.Generator],
     callback: samplers.Callback | None = None,
+    *,
+    times: Sequence[float] | None = None,
 ) -> Tensor:
-    """From start noise (B, C, H, W) to scaled latents, by the config's sampler; a generator per picture."""
+    """From x (B, C, H, W) at the first time to scaled latents, by the config's sampler; a generator per image.
+
+    `times` are those to visit, all that the config says by default: x is then standard normal noise.
+    """
     config = resolve(config, schedule)
     sampler = SAMPLERS[config.sampler]
-    options = {option: getattr(config, option) for option in sampler.options}
+    options = {option: getattr(config, option) for option in sampler.options if option != "shift"}
     if sampler.draws:
         options["generators"] = generators
-    return sampler.function(denoise, x, schedule, config.steps, callback=callback, **options)
+    times = visited_times(config, schedule) if times is None else times
+    return sampler.function(denoise, x, schedule, times, callback=callback, **options)

@@ -9,6 +9,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,8 +102,8 @@ class DiscreteSchedule(Schedule):
             "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / cumprod),
             "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / cumprod - 1),
             "posterior_variance": variance,
-            # 0 at the first step: clipped there to the second's
-            "posterior_log_variance_clipped": np.log(np.append(variance[1], variance[1:])),
+            # 0 at the first step: clipped there to the second's, or of a chain of one step to its β
+            "posterior_log_variance_clipped": np.log(np.append([*variance[1:2], betas[0]][0], variance[1:])),
             "log_betas": np.log(betas),
             "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - cumprod),
             "posterior_mean_coef2": (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - cumprod),
@@ -131,7 +132,11 @@ class DiscreteSchedule(Schedule):
         if not 2 <= steps <= len(self):
             raise InputError(f"steps: got {steps}, expected 2 to {len(self)}")
         stride = (len(self) - 1) / (steps - 1)
-        kept = np.array([round(i * stride) for i in range(steps)])
+        return self.at([round(i * stride) for i in range(steps)])
+
+    def at(self, kept: Sequence[int]) -> "DiscreteSchedule":
+        """The chain of some steps of this one, in rising order, with the same ᾱ at them."""
+        kept = np.array(kept)
         cumprod = self.tables["alphas_cumprod"].numpy()[kept]
         betas = 1 - cumprod / np.append(1.0, cumprod[:-1])
         return DiscreteSchedule(betas, np.array(self.timesteps)[kept])

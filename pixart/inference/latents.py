@@ -4,7 +4,7 @@ A picture depends on its caption, its seed and the settings, never on its batch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,9 @@ from pixart.checkpoint import ModelCard
 from pixart.data.buckets import SAMPLING_RATIOS_ALPHA, SIZES_1024, Bucket, bucket_table, nearest_bucket
 from pixart.diffusion import guide, make_denoise, make_schedule
 from pixart.diffusion.samplers import Callback, draw_noise
-from pixart.diffusion.sampling import SampleConfig, resolve, sample
+from pixart.diffusion.sampling import SAMPLERS, SampleConfig, resolve, sample, visited_times
+from pixart.diffusion.schedule import Schedule
+from pixart.diffusion.timesteps import last_steps
 from pixart.encoders.autoencoder import Autoencoder
 from pixart.errors import InputError
 from pixart.model import PixArt
@@ -27,6 +29,49 @@ DECODED_PIXELS = 1 << 20  # at a time: a decoder takes 3 GB for a picture of 102
 ALPHA_LENGTH = 120  # tokens of PixArt-α's captions, which tell its models from Σ's
 RATIOS = min(SIZES_1024), max(SIZES_1024)  # height / width, of the official sizes
 Size = tuple[int, int]  # height, width in pixels
+
+
+@dataclass(frozen=True)
+class Start:
+    """Images that sampling modifies, or, with a mask, fills in."""
+
+    latents: Tensor  # (B, C, h, w), clean and scaled
+    strength: float  # in (0, 1]: the share of the steps that are done, from as much noise
+    mask: Tensor | None = None  # (B, 1, h, w), 1 where the image is drawn anew, 0 where it is kept
+
+
+def begin(
+    start: Start, noise: Tensor, schedule: Schedule, config: SampleConfig, callback: Callback | None
+) -> tuple[Tensor, list[float], Callback | None]:
+    """x at the first time that is done, the times, and a callback that keeps what the mask keeps.
+
+    The last int(steps · strength) times are done. Kept latents are put back after every step, with the noise of the
+    next time, always the same one; after the last step they are the clean ones. Strength 1 begins with nothing but
+    noise.
+
+    Raises:
+        InputError: the sampler cannot start midway, or the strength leaves no step.
+    """
+    if not SAMPLERS[config.sampler].midway:
+        raise InputError(f"sampler '{config.sampler}' is for one step from noise and cannot start from an image")
+    times = last_steps(visited_times(config, schedule), start.strength)
+    clean = start.latents.to(noise)
+
+    def noised(t: float) -> Tensor:
+        alpha, sigma = schedule.alpha_sigma(t)
+        return alpha * clean + sigma * noise
+
+    x = noise if start.strength == 1 else noised(times[0])
+    if start.mask is None:
+        return x, times, callback
+    mask = start.mask.to(noise)
+
+    def keep(step: int, x: Tensor, x0: Tensor) -> Tensor:
+        x = torch.lerp(noised(times[step + 1]) if step + 1 < len(times) else clean, x, mask)
+        changed = None if callback is None else callback(step, x, x0)
+        return x if changed is None else changed
+
+    return x, times, keep
 
 
 @torch.no_grad()
@@ -42,6 +87,7 @@ def sample_latents(
     width: int,
     callback: Callback | None = None,
     conditions: Mapping[str, Tensor] | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Sample one image per caption and seed.
 
@@ -51,6 +97,7 @@ def sample_latents(
             is one negative prompt for each, in the null caption's place under its own mask.
         height, width: of the latents.
         conditions: what a variant of the network takes besides, (B, …) each, the same under guidance's both branches.
+        start: the images to start from, in place of noise.
 
     Returns:
         scaled latents (B, C, height, width), fp32.
@@ -78,15 +125,19 @@ def sample_latents(
         both = model.encode_caption(*_with_null(model, card, captions, null))
         denoise = guide(
             denoiser(both.first(len(captions))),
-            denoiser(both),
+            None,
             schedule,
             config.guidance,
+            together=denoiser(both),
             interval=(config.guidance_low, config.guidance_high),
             rescale=config.rescale,
         )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    x = draw_noise(generators, (card.model.in_channels, height, width), device)
-    return sample(denoise, x, schedule, config, generators, callback)
+    noise = draw_noise(generators, (card.model.in_channels, height, width), device)
+    if start is None:
+        return sample(denoise, noise, schedule, config, generators, callback)
+    x, times, callback = begin(start, noise, schedule, config, callback)
+    return sample(denoise, x, schedule, config, generators, callback, times=times)
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ from pixart.inference.latents import (
 from pixart.model import PixArt
 
 Embeddings = tuple[Tensor, Tensor]  # states (B, L, C) and mask (B, L), 1 = a token; what `TextEncoder.encode` returns
-StepCallback = Callable[[range, int, Tensor], None]  # which pictures, the step just done (from 0), latents after it
+# which images, the step just done (from 0), latents after it, the clean ones that its prediction implied; a tensor
+# returned goes on in the latents' place
+StepCallback = Callable[[range, int, Tensor, Tensor], Tensor | None]
 
 
 class Pipeline:
@@ -259,10 +261,9 @@ class Pipeline:
     ) -> Tensor:  # fmt: skip
         """One batch, the pictures `part` of all."""
 
-        def after_step(step: int, x: Tensor) -> None:
+        def after_step(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
             bar.update()
-            if callback is not None:
-                callback(part, step, x)
+            return None if callback is None else callback(part, step, x, x0)
 
         rows = slice(part.start, part.stop)
         return sample_latents(
