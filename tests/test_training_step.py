@@ -14,10 +14,9 @@ from pixart.diffusion.objective import Denoising
 from pixart.encoders.autoencoder import IdentityAutoencoder
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
-from pixart.train.ema import make_ema
 from pixart.train.health import Window
 from pixart.train.optimizer import make_optimizer
-from pixart.train.parts import MODEL, Parts
+from pixart.train.parts import Parts
 from pixart.train.state import Progress, TrainState
 from pixart.train.step import OUTCOMES, StepResult, make_example, read_results, train_step
 from runs import build, settings
@@ -75,7 +74,7 @@ def make_state(config, accelerator: Ranks | None = None) -> TrainState:
     """Random weights, averages of others, and plain gradient descent."""
     network = tiny_model(**PIXELS)
     parts = Parts.of(network, Denoising(config.diffusion, network))
-    parts.averages[MODEL] = make_ema(tiny_model(seed=1, **PIXELS))
+    parts.average.load_state_dict(tiny_model(seed=1, **PIXELS).state_dict())
     optimizer = torch.optim.SGD(network.parameters(), lr=math.nan)
     return TrainState(parts, optimizer, accelerator or Ranks(), SimpleNamespace(count=1))  # `Ranks` reduces, not DDP
 
