@@ -221,6 +221,9 @@ def test_tables_and_plots_show_a_metric_that_this_process_does_not_know(runs, mo
 def test_a_metric_that_two_runs_declare_otherwise_is_said(runs, tmp_path):
     other = shutil.copytree(runs[0], tmp_path / "c")
     record = json.loads((other / "metrics.json").read_text())
+    record["brightness"]["scores"][0]["label"] = "the same in other words"
+    (other / "metrics.json").write_text(json.dumps(record))
+    assert "not the same metric" not in compare_runs([runs[0], other])
     record["brightness"]["scores"][0]["better"] = "lower"
     (other / "metrics.json").write_text(json.dumps(record))
     assert "brightness is not the same metric in each of these runs" in compare_runs([runs[0], other])

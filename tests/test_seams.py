@@ -646,7 +646,7 @@ def test_two_processes_killed_and_not_end_alike_and_as_one(base, store, run, tmp
     assert verdict.good, verdict
     one = train(build(base, **steps, output=str(tmp_path / "one"))).run
     two = tmp_path / "chaos" / "whole"
-    keys = ("loss", "mse", "alignment", "consistency", "grad_norm")
+    keys = ("loss", "mse", "alignment", "consistency", "grad_norm", "mae_0.5", "likeness", "likeness_red")
     for mine, theirs in zip(*(list(read_rows(place / "metrics.jsonl")) for place in (one, two)), strict=True):
         for key in keys:
             if key in mine:

@@ -53,9 +53,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
         other.append("the fingerprints in history.jsonl")
     measured = [key for key in differing if _meaning(key) == "loss"]
     lines += _warnings(declared.values(), measured, other)
-    for name in declared:
-        if len({of[name] for of in map(read_declarations, map(Path, runs)) if name in of}) > 1:
-            lines.append(f"\n{name} is not the same metric in each of these runs: metrics.json of each says what it is")
+    lines += _contradictions(runs)
     return "\n".join(lines)
 
 
@@ -77,6 +75,20 @@ def _warnings(declared: Collection[Declaration], measured: Sequence[str], other:
             f"these runs ({', '.join(other)} differ), and then cannot be compared{' either' * bool(measured)}"
         )
     return lines
+
+
+def _contradictions(runs: Sequence[str | Path]) -> list[str]:
+    """Scores of one name that runs declare otherwise."""
+    said: dict[str, set] = {}
+    for run in map(Path, runs):
+        for declaration in read_declarations(run).values():
+            for score in declaration.scores:
+                said.setdefault(score.key, set()).add((score.better, declaration.of_objective))
+    return [
+        f"\n{key} is not the same metric in each of these runs: the metrics.json of each says what it is"
+        for key, meanings in said.items()
+        if len(meanings) > 1
+    ]
 
 
 def _join(names: Sequence[str]) -> str:
