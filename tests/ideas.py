@@ -11,9 +11,12 @@ from pixart.adapters.adapter import ADAPTERS, Adapter
 from pixart.data.arrays import ARRAYS
 from pixart.data.items import Item
 from pixart.data.sources import SOURCES
+from pixart.diffusion.guidance import make_denoise
 from pixart.diffusion.losses import diffusion_loss, per_picture
 from pixart.diffusion.objective import OBJECTIVES, Objective
 from pixart.diffusion.sampling import SAMPLERS, Sampler
+from pixart.evaluate.metric import Declaration, PerImage, Score
+from pixart.evaluate.metrics import METRICS
 from pixart.model.embed import POSITIONS, Positions
 from pixart.model.layers import (
     ATTENTION,
@@ -243,3 +246,44 @@ def one_step(denoise, x, schedule, times, *, callback=None):
 
 
 SAMPLERS.register("one_step")(Sampler(one_step, 1, (), 1, 1, flow=True))
+
+
+class AtOneTime(PerImage):
+    """A measure of the clean images that the network finds in noise at one time, from 0 to 1."""
+
+    def __init__(self, time):
+        self.time = 1000 * float(time)
+
+    def denoised(self, held):
+        schedule, example = self.subject.objective.schedule, held.example
+        alpha, sigma = schedule.alpha_sigma(self.time)
+        denoise = make_denoise(held.network, schedule, self.subject.objective.config)
+        return denoise(alpha * example.x0 + sigma * example.noise, self.time).x0
+
+
+@METRICS.register("mae")
+class MeanAbsoluteError(AtOneTime):
+    def __init__(self, time):
+        super().__init__(time)
+        self.declaration = Declaration(
+            (Score(f"mae_{time}", f"absolute error of clean images at time {time}", "lower"),)
+        )
+
+    def measure(self, held):
+        return (self.denoised(held) - held.example.x0).abs().flatten(1).mean(1)
+
+
+@METRICS.register("cosine")
+class Likeness(AtOneTime):
+    """Cosine similarity, of all channels and of each."""
+
+    declaration = Declaration((
+        Score("likeness", "likeness of clean images", "higher"),
+        Score("likeness_red", "the same in every channel", "higher", part="red"),
+        Score("likeness_blue", "the same in every channel", "higher", part="blue"),
+    ))  # fmt: skip
+
+    def measure(self, held):
+        found, x0 = self.denoised(held), held.example.x0
+        rows = [(found, x0), (found[:, 0], x0[:, 0]), (found[:, 2], x0[:, 2])]
+        return torch.stack([F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in rows])

@@ -433,7 +433,8 @@ DEFAULTS = {
         "steps": 10, "batch_size": 4, "accumulation": 1, "parallel": "ddp", "timeout": 1800.0,
         "mixed_precision": "bf16", "gradient_checkpointing": False, "compile": False, "deterministic": False,
         "freeze": [], "caption_dropout": 0.1, "ema": 0.9999, "ema_warmup": False, "log_every": 20, "sample_every": 0,
-        "validate_every": 0, "save_every": 1000, "keep": 3, "on_save_error": "continue", "trackers": ["tensorboard"],
+        "validate_every": 0, "metrics": ["loss", "denoising_error"],
+        "save_every": 1000, "keep": 3, "on_save_error": "continue", "trackers": ["tensorboard"],
         "peak_tflops": None,
     },
     "optimizer": {

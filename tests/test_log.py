@@ -19,6 +19,7 @@ import pixart.train.log as log_module
 import pixart.train.loop as loop_module
 from pixart.config import load_config
 from pixart.diffusion.objective import TrainingModule
+from pixart.diffusion.timestep_bins import quarter_means, sum_by_quarter
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.model import PixArt
@@ -29,7 +30,6 @@ from pixart.train.setup import make_accelerator
 from pixart.train.state import Progress
 from pixart.train.step import StepResult
 from pixart.train.throughput import measure_peak
-from pixart.train.timestep_bins import quarter_means, sum_by_quarter
 from runs import build, make_pictures, settings
 
 

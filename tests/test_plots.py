@@ -10,6 +10,7 @@ from PIL import Image
 
 from pixart.errors import InputError
 from pixart.study.plots import draw_curves, name_runs, plot_runs, read_curves, smooth
+from pixart.train.metrics import merge_declarations
 from runs import run_script, settings, write
 
 
@@ -67,12 +68,12 @@ def test_errors_are_drawn_at_every_ratio_and_their_geometric_mean_whatever_mean_
         "validation_error_0.25": ([10, 20], [0.5, 0.5]),
         "validation_error_16": ([10, 20, 30], [2.0, 2.0, 3.0]),
     }
-    figure = draw_curves({"a": read_curves(run)})
+    figure = draw_curves({"a": read_curves(run)}, merge_declarations([run]))
     lines = [axis.get_lines() for axis in figure.axes if "every ratio" in axis.get_title(loc="left")]
     assert [line.get_ydata().tolist() for line in lines[0]] == [[0.5, 0.5], [2.0, 2.0, 3.0]]
     assert len({line.get_linestyle() for line in lines[0]}) == 2
     assert [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().texts] == [
-        "0.25", "16",
+        "at 0.25", "at 16",
     ]  # fmt: skip
 
 

@@ -40,7 +40,9 @@ from pixart.model.flops import forward_flops
 from pixart.model.layers import Layout, rotate
 from pixart.registry import Registry
 from pixart.seeds import Draw
+from pixart.study.plots import draw_curves, read_curves
 from pixart.train.loop import train
+from pixart.train.metrics import merge_declarations
 from pixart.train.parts import Parts, make_objective
 from pixart.train.setup import make_accelerator
 from pixart.train.throughput import CallCounter
@@ -386,7 +388,7 @@ def base(tmp_path_factory) -> dict:
     extension = Path(shutil.copy(ROOT / "tests" / "ideas.py", folder / "mine" / "my_ideas.py"))
     text = extension.read_text()
     for name in ("adaln", "time_token", "rope", "rms_norm", "swiglu", "sharper", "tread", "busy", "patch_contrast",
-                 "patch_colours", "everything", "stripes", "one_step", "low_rank"):  # fmt: skip
+                 "patch_colours", "everything", "stripes", "one_step", "low_rank", "mae", "cosine"):  # fmt: skip
         text = text.replace(f'"{name}"', f'"my_{name}"')
     extension.write_text(text)
     pictures = make_pictures(folder / "pictures", count=16)
@@ -406,6 +408,7 @@ def base(tmp_path_factory) -> dict:
         objective={"name": "my_everything", "options": {"weight": 0.25}},
         sample={"sampler": "my_one_step"}, prompts=["a square, number 3"],
         train__steps=4, train__validate_every=4, train__sample_every=4, train__keep=9, train__caption_dropout=0.3,
+        train__metrics=["loss", "denoising_error", "my_mae:0.5", "my_cosine:0.25"],
         optimizer__groups=[{"names": ["projector.*"], "lr_factor": 2.0, "weight_decay": 0.0}],
     )  # fmt: skip
 
@@ -450,6 +453,38 @@ def test_every_term_is_logged_in_training_and_validation(run):
     checked = next(row for row in rows if "validation_loss" in row)
     parts = checked["validation_alignment"] + checked["validation_consistency"]
     assert checked["validation_loss"] == pytest.approx(checked["validation_mse"] + 0.25 * parts, rel=1e-5)
+
+
+def test_a_metric_of_ones_own_is_in_the_log_the_summary_the_table_and_the_plot(base, run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")  # one that has two validations to choose from
+    shutil.rmtree(checkpoints(again)[-1])
+    train(build(base, output=str(again), train__validate_every=1))
+    rows = [row for row in read_rows(again / "metrics.jsonl") if "mae_0.5" in row]
+    assert [row["step"] for row in rows] == [3, 4]
+    first = {name: value for name, value in rows[-1].items() if name != "step"}
+    there = next(row for row in read_rows(run / "metrics.jsonl") if "likeness_red" in row)
+    assert all(there[name] == value for name, value in first.items())
+    summary = json.loads((again / "summary.json").read_text())
+    for key, choose in (("mae_0.5", min), ("likeness", max)):
+        best = choose(rows, key=lambda row: row[key])
+        assert (summary[key], summary[f"best_{key}"], summary[f"best_{key}_step"]) == (
+            rows[-1][key], best[key], best["step"],
+        )  # fmt: skip
+    assert "best_likeness_red" not in summary
+    pytest.importorskip("matplotlib")
+    result = run_script(
+        "plot", again, run, "--output", tmp_path / "plot.png", "--extension", base["extensions"][0]
+    )  # the file is for the network, whose parameters are counted; the metrics are known from the runs
+    assert result.returncode == 0, result.stderr
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()[:4]]
+    place = table[0].index("likeness")
+    assert table[0][place : place + 4] == ["likeness", "its best, at step", "red", "blue"]
+    best = max(rows, key=lambda row: row["likeness"])
+    assert table[2][place : place + 2] == [f"{rows[-1]['likeness']:.4g}", f"{best['likeness']:.4g}, {best['step']}"]
+    figure = draw_curves({"again": read_curves(again)}, merge_declarations([again]))
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert "absolute error of clean images at time 0.5 (lower is better)" in titles
+    assert titles[titles.index("likeness of clean images (higher is better)") + 1] == "the same in every channel"
 
 
 def test_a_run_of_ones_own_ideas_goes_on_bit_for_bit(base, run, tmp_path):
@@ -611,7 +646,7 @@ def test_two_processes_killed_and_not_end_alike_and_as_one(base, store, run, tmp
     assert verdict.good, verdict
     one = train(build(base, **steps, output=str(tmp_path / "one"))).run
     two = tmp_path / "chaos" / "whole"
-    keys = ("loss", "mse", "alignment", "consistency", "grad_norm")
+    keys = ("loss", "mse", "alignment", "consistency", "grad_norm", "mae_0.5", "likeness", "likeness_red")
     for mine, theirs in zip(*(list(read_rows(place / "metrics.jsonl")) for place in (one, two)), strict=True):
         for key in keys:
             if key in mine:

@@ -21,8 +21,8 @@ from pixart.diffusion.objective import OBJECTIVES, Denoising
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.seeds import derive_seed
-from pixart.train.log import find_ratios, read_metrics
 from pixart.train.loop import train
+from pixart.train.metrics import merge_declarations, read_metrics
 from pixart.train.setup import start
 from pixart.train.validate import draw_samples, validate
 from runs import build, make_pictures, settings
@@ -105,7 +105,7 @@ def test_a_term_of_an_objective_never_takes_the_name_of_another_number(base, tmp
     OBJECTIVES.register("named")(Named)
     changes = {"objective__name": "named", "data__validation": 0.3, "train__validate_every": 3}
     Named.named = "error"
-    with pytest.raises(InputError, match="its term 'error' has the name of another metric"):
+    with pytest.raises(InputError, match=r"'loss' and 'denoising_error' both report 'validation_error'.*_TERM"):
         train(build(base, **changes))
     Named.named = "error_of_hands"
     run = train(build(base, **changes, output=str(tmp_path / "other"))).run
@@ -113,7 +113,8 @@ def test_a_term_of_an_objective_never_takes_the_name_of_another_number(base, tmp
     assert len(rows) == 2
     for row in rows:
         assert row["validation_error"] == mean_error(row[f"validation_error_{ratio:g}"] for ratio in RATIOS)
-    assert find_ratios(rows[0]) == ["0.25", "1", "4", "16"]
+    shown = [score.key for declaration in merge_declarations([run]).values() for score in declaration.scores]
+    assert shown == ["validation_loss", "validation_error", *(f"validation_error_{ratio:g}" for ratio in RATIOS)]
 
 
 def test_runs_of_any_prediction_are_validated_alike(base):

@@ -2,6 +2,8 @@
 
 import argparse
 
+from pixart import cli
+from pixart.extensions import load_extensions
 from pixart.study.compare import compare_runs
 from pixart.study.plots import AXES, plot_runs
 
@@ -12,6 +14,8 @@ def main() -> None:
     parser.add_argument("--output", default="plot.png", help="the PNG to write")
     parser.add_argument("--x", default="step", choices=AXES, help="what to draw over")
     parser.add_argument("--log-x", action="store_true", help="a logarithmic axis")
+    parser.add_argument("--extension", action="append", default=[], metavar="FILE", help=cli.EXTENSION)
     arguments = parser.parse_args()
+    load_extensions(arguments.extension)
     plot_runs(arguments.runs, arguments.output, x=arguments.x, log_x=arguments.log_x)
     print(compare_runs(arguments.runs), arguments.output, sep="\n\n")

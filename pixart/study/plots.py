@@ -1,24 +1,23 @@
 """Curves of several runs in one picture: losses, validation and throughput over steps, pictures or device-hours."""
 
+import itertools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pixart.errors import InputError, missing_extra
-from pixart.train.log import BY_RATIO, ERROR, METRICS, find_ratios, is_number, read_metrics
+from pixart.evaluate.metric import Declaration, Score
+from pixart.train.metrics import METRICS_FILE, is_number, merge_declarations, read_metrics
 
-PANELS = {
-    "loss": "training loss", "validation_loss": "validation loss",
-    ERROR: "error of clean images, comparable between runs: geometric mean over the ratios",
-    BY_RATIO: "the same at every ratio of noise to signal", "images_per_second": "images per second",
-}  # fmt: skip
+LOSS, SPEED = "loss", "images_per_second"  # of training; their panels stand before and after those of the metrics
 AXES = {"step": "optimizer step", "images": "training images", "gpu_hours": "device-hours"}
-STYLES = ("-", "--", "-.", ":")  # of the ratios, the least noisy first
+STYLES = ("-", "--", "-.", ":")  # of the parts that share a panel
 SMOOTHED = 0.02  # share of a curve's points in the window of its running mean
 
 Curve = tuple[list[float], list[float]]  # places on the x-axis and values
+Curves = Mapping[str, Mapping[str, Curve]]  # by run and name of the number
 
 
 def plot_runs(runs: Sequence[str | Path], output: str | Path, *, x: str = "step", log_x: bool = False) -> None:
@@ -36,31 +35,33 @@ def plot_runs(runs: Sequence[str | Path], output: str | Path, *, x: str = "step"
     if output.suffix.lower() != ".png":
         raise InputError(f"output {output}: expected the name of a .png file")
     curves = {name: read_curves(Path(run), x) for name, run in zip(name_runs(runs), runs, strict=True)}
-    figure = draw_curves(curves, x=x, log_x=log_x)
+    figure = draw_curves(curves, merge_declarations(runs), x=x, log_x=log_x)
     try:
         figure.savefig(output, dpi=120)
     except OSError as error:
         raise InputError(f"output {output}: cannot be written ({error})") from None
 
 
-def draw_curves(curves: Mapping[str, Mapping[str, Curve]], *, x: str = "step", log_x: bool = False):
-    """Curves of each run by its name, as `read_curves` gives them → a matplotlib Figure with a panel for each of
-    `PANELS`."""
+def draw_curves(curves: Curves, declared: Mapping[str, Declaration], *, x: str = "step", log_x: bool = False):
+    """Curves of each run by its name, as `read_curves` gives them, and what the runs declare (`merge_declarations`) → a
+    matplotlib Figure: training loss, a panel for each headline of a metric and for its parts, throughput."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise missing_extra("matplotlib", "plot", "drawing curves") from None
-    figure = Figure(figsize=(8, 15), layout="constrained")
+    panels = [panel for declaration in declared.values() for panel in make_panels(declaration.scores)]
+    figure = Figure(figsize=(8, 3 * (2 + len(panels))), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(PANELS), 1, sharex=True)
-    for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
-        if key == BY_RATIO:
-            _draw_ratios(axis, curves)
+    axes = figure.subplots(2 + len(panels), 1, sharex=True)
+    _draw(axes[0], Score(LOSS, f"training loss, running mean over {SMOOTHED:.0%} of its points"), curves)
+    for axis, panel in zip(axes[1:-1], panels, strict=True):
+        if panel[0].part:
+            _draw_parts(axis, panel, curves)
         else:
-            _draw(axis, key, curves)
-        smoothed = f", running mean over {SMOOTHED:.0%} of its points" if key == "loss" else ""
-        axis.set_title(title + smoothed, loc="left", fontsize=10)
+            _draw(axis, panel[0], curves)
+    _draw(axes[-1], Score(SPEED, "images per second"), curves)
+    axes[-1].set_ylim(bottom=0)
     axes[-1].set_xlabel(AXES[x])
     if log_x:
         axes[-1].set_xscale("log")
@@ -72,23 +73,33 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curve]], *, x: str = "step", l
     return figure
 
 
+def make_panels(scores: Iterable[Score]) -> list[list[Score]]:
+    """A metric's scores by the panel that they are drawn in: a headline alone, parts of one label together."""
+    panels: dict[tuple[str, str], list[Score]] = {}
+    for score in scores:
+        panels.setdefault(("", score.label) if score.part else (score.key, ""), []).append(score)
+    return list(panels.values())
+
+
 def read_curves(run: Path, x: str = "step") -> dict[str, Curve]:
-    """The panels' curves in a run's metrics.jsonl over `x`, which is interpolated where a row has none.
+    """Training loss, throughput and the metrics' scores in a run's metrics.jsonl over `x`, which is interpolated where
+    a row has none.
 
     Raises:
         InputError: no such file, or no metrics in it.
     """
-    path = run / METRICS
+    path = run / METRICS_FILE
     if not path.is_file():
-        raise InputError(f"{run}: there is no {METRICS} in it; expected a run's folder")
-    rows = read_metrics(run)
+        raise InputError(f"{run}: there is no {METRICS_FILE} in it; expected a run's folder")
+    rows, declared = read_metrics(run), merge_declarations([run])
+    drawn = (LOSS, SPEED, *(score.key for declaration in declared.values() for score in declaration.scores))
     known = [(row["step"], row[x]) for row in rows if is_number(row.get(x))]
     curves: dict[str, Curve] = {}
     if rows and not known:
         raise InputError(f"{path}: no row has '{x}'; take another axis, as step")
     found = np.interp([row["step"] for row in rows], *zip(*known, strict=True)).tolist() if known else []
     for row, place in zip(rows, found, strict=True):
-        for key in (*PANELS, *(BY_RATIO + ratio for ratio in find_ratios(row))):
+        for key in drawn:
             if not is_number(value := row.get(key)):
                 continue
             places, values = curves.setdefault(key, ([], []))
@@ -110,44 +121,45 @@ def smooth(values: Sequence[float], share: float = SMOOTHED) -> list[float]:
     return result
 
 
-def _draw(axis, key: str, curves: Mapping[str, Mapping[str, Curve]]) -> None:
+def _draw(axis, score: Score, curves: Curves) -> None:
+    drawn = False
     for number, (name, of_run) in enumerate(curves.items()):
-        if key not in of_run:
+        if score.key not in of_run:
             continue
-        (places, values), colour = of_run[key], f"C{number}"  # a run has one in all panels
-        if key == "loss":
+        (places, values), colour, drawn = of_run[score.key], f"C{number}", True  # a run has one colour in all panels
+        if score.key == LOSS:
             axis.plot(places, smooth(values), linewidth=1.6, label=name, zorder=3, color=colour)
             axis.plot(places, values, linewidth=0.6, alpha=0.3, color=colour)
         else:
             marker = "." if len(places) < 40 else None
             axis.plot(places, values, linewidth=1.4, marker=marker, label=name, color=colour)
-    _finish(axis, [name for name, of_run in curves.items() if key in of_run])
-    if key == "images_per_second":
-        axis.set_ylim(bottom=0)
-
-
-def _draw_ratios(axis, curves: Mapping[str, Mapping[str, Curve]]) -> None:
-    """A ratio has its style, a run its colour."""
-    from matplotlib.lines import Line2D
-
-    ratios = find_ratios(key for of_run in curves.values() for key in of_run)
-    for number, of_run in enumerate(curves.values()):
-        for i, ratio in enumerate(ratios):
-            if BY_RATIO + ratio in of_run:
-                style = STYLES[i % len(STYLES)]
-                axis.plot(*of_run[BY_RATIO + ratio], style, linewidth=1.2, color=f"C{number}")
-    if ratios:
-        lines = [Line2D([], [], linestyle=STYLES[i % len(STYLES)], color="grey") for i in range(len(ratios))]
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1)}  # above the panel, beside its title
-        axis.legend(lines, ratios, ncols=len(ratios), fontsize=8, frameon=False, borderaxespad=0, **place)
-        axis.set_yscale("log")
-    _finish(axis, ratios)
-
-
-def _finish(axis, drawn: Collection) -> None:
     if not drawn:
         axis.text(0.5, 0.5, "not logged by these runs", transform=axis.transAxes, ha="center", color="grey")
         axis.set_yticks([])
+    _finish(axis, score, f" ({score.better} is better)" if score.better else "")
+
+
+def _draw_parts(axis, parts: Sequence[Score], curves: Curves) -> None:
+    """A part has its style, a run its colour."""
+    from matplotlib.lines import Line2D
+
+    styles = dict(zip((score.key for score in parts), itertools.cycle(STYLES)))
+    for number, of_run in enumerate(curves.values()):
+        for key, style in styles.items():
+            if key in of_run:
+                axis.plot(*of_run[key], style, linewidth=1.2, color=f"C{number}")
+    lines = [Line2D([], [], linestyle=style, color="grey") for style in styles.values()]
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1)}  # above the panel, beside its title
+    names = [score.part for score in parts]
+    axis.legend(lines, names, ncols=len(names), fontsize=8, frameon=False, borderaxespad=0, **place)
+    _finish(axis, parts[0])
+
+
+def _finish(axis, score: Score, direction: str = "") -> None:
+    axis.set_title(score.label + direction, loc="left", fontsize=10)
+    axis.set_ylabel(score.unit)
+    if score.log:
+        axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -84,6 +84,8 @@ class LoopConfig:
     log_every: int = setting(20, resume="free")
     sample_every: int = setting(0, resume="free")
     validate_every: int = setting(0, resume="free")
+    # keys of METRICS, as NAME or NAME:ARGUMENT, that a validation has
+    metrics: tuple[str, ...] = setting(("loss", "denoising_error"), resume="free")
     save_every: int = setting(1000, resume="free")
     keep: int = setting(3, resume="free", compare="quiet")  # checkpoints to keep
     # of a full disk, say; a run's last save must succeed
@@ -96,6 +98,10 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulation", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}: got {getattr(self, name)}, expected at least 1")
+        if twice := [name for name in self.metrics if self.metrics.count(name) > 1]:
+            raise InputError(f"train.metrics: '{twice[0]}' stands twice")
+        if self.validate_every and not self.metrics:
+            raise InputError("train.validate_every is set, but train.metrics is empty; name one, as denoising_error")
         if self.timeout <= 0:
             raise InputError(f"train.timeout: got {self.timeout}, expected seconds above 0")
         if not 0 <= self.ema < 1 or not 0 <= self.caption_dropout <= 1:

@@ -1,16 +1,14 @@
 """What a run tells: metrics.jsonl always, accelerate's trackers, a progress bar; and two small files for who is not
-looking: is it alive (`heartbeat.json`), and how did it end (`summary.json`). Metrics are read here, too.
+looking: is it alive (`heartbeat.json`), and how did it end (`summary.json`).
 """
 
 import hashlib
 import json
 import math
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,18 +16,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart.config import dump_yaml
-from pixart.diffusion.denoising_error import mean_error
+from pixart.diffusion.timestep_bins import quarter_means
 from pixart.errors import InputError, missing_extra
 from pixart.files import append_rows, read_rows, to_json, write_json, write_text
 from pixart.provenance import versions
 from pixart.train.config import TrainConfig
+from pixart.train.metrics import (
+    DECLARED,
+    METRICS_FILE,
+    headlines,
+    last_and_best,
+    last_value,
+    merge_declarations,
+    open_metrics,
+    read_metrics,
+    write_declarations,
+)
 from pixart.train.state import Progress
 from pixart.train.step import StepResult, read_results
 from pixart.train.throughput import measure_peak, memory_gb
-from pixart.train.timestep_bins import quarter_means
 
-METRICS, HEARTBEAT, SUMMARY = "metrics.jsonl", "heartbeat.json", "summary.json"
-ERROR, BY_RATIO = "validation_error", "validation_error_"
+HEARTBEAT, SUMMARY = "heartbeat.json", "summary.json"
 BEAT = 30  # seconds after which a heartbeat is due between two logging points
 
 
@@ -40,11 +47,15 @@ class Watch:
         self.accelerator, self.config, self.run, self.progress = accelerator, config, run, progress
         self.peak = config.train.peak_tflops
         self.hours_before, self.loss, self.warned = 0.0, None, set()
+        metrics = open_metrics(config)
+        self.scores = {score.key for metric in metrics.values() for score in metric.declaration.scores}
         if accelerator.is_main_process:
-            _cut_after(run / METRICS, progress.step)
+            _cut_after(run / METRICS_FILE, progress.step)
             self.hours_before = read_gpu_hours(run)
             if (run / SUMMARY).exists():  # of the last start; this one is not over
                 (run / SUMMARY).unlink()
+            if config.train.validate_every:
+                self._try(DECLARED, lambda path: write_declarations(run, metrics))
         if self.peak == "measure":
             dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
             self.peak = measure_peak(accelerator.device, dtype)
@@ -107,7 +118,7 @@ class Watch:
             row["mfu"] = tflops / self.peak
         if applied:
             terms = {name: statistics.fmean(r.terms[name] for r in applied) for name in applied[0].terms}
-            if taken := terms.keys() & row.keys():
+            if taken := terms.keys() & (row.keys() | self.scores):
                 raise InputError(f"objective: its term '{min(taken)}' has the name of another metric; rename it")
             row.update(terms)
             self.loss = terms["loss"]
@@ -134,8 +145,8 @@ class Watch:
         """One line of metrics.jsonl, and the same to the trackers. What is not finite is said, and null in the file."""
         self.accelerator.log(values, step=step)
         if broken := [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]:
-            self.say(f"step {step}: {', '.join(broken)}; null in {METRICS}")
-        self._try(METRICS, lambda path: append_rows(path, [{"step": step, **values}]))
+            self.say(f"step {step}: {', '.join(broken)}; null in {METRICS_FILE}")
+        self._try(METRICS_FILE, lambda path: append_rows(path, [{"step": step, **values}]))
 
     def _beat(self) -> None:
         self.beat_at = time.perf_counter()
@@ -218,7 +229,8 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
     why = "finished" if finished else "stopped by a signal"
     if error is not None:
         why = f"{type(error).__name__}: {error}".rstrip(": ")
-    rows = read_metrics(run)
+    rows, now = read_metrics(run), {name: metric.declaration for name, metric in open_metrics(config).items()}
+    scores = headlines([*now.values(), *(of for name, of in merge_declarations([run]).items() if name not in now)])
     return {
         "finished": finished,
         "why": why,
@@ -227,49 +239,9 @@ def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseExc
         "images": progress.images,
         "seconds": progress.seconds,
         "loss": last_value(rows, "loss"),
-        **last_and_best(rows, "validation_loss"),
-        **last_and_best(rows, ERROR),
+        **{key: value for score in scores for key, value in last_and_best(rows, score).items()},
         "skipped": progress.skipped,
         "unreadable": len(progress.unreadable),
         "config_sha256": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
         "versions": versions(),
     }
-
-
-# -------------------------------------------------------------------------------------------------- reading the metrics
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, none if it has none.
-
-    `validation_error` is made anew from the errors at its ratios: earlier versions logged their plain mean, which must
-    not be compared with the geometric one.
-    """
-    rows = list(read_rows(run / METRICS))
-    for row in rows:
-        if by_ratio := [row[BY_RATIO + ratio] for ratio in find_ratios(row)]:
-            row[ERROR] = mean_error(by_ratio) if all(map(is_number, by_ratio)) else None
-    return rows
-
-
-def find_ratios(names: Iterable[str]) -> list[str]:
-    """The ratios of noise to signal at which there are errors among metrics' names, as they are written there."""
-    ratios = {name.removeprefix(BY_RATIO) for name in names if re.fullmatch(rf"{BY_RATIO}\d+(\.\d+)?", name)}
-    return sorted(ratios, key=float)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a metric has a finite value: null stands for one that had none, NaN did in older files."""
-    return value is not None and math.isfinite(value)
-
-
-def last_value(rows: Sequence[dict], name: str) -> Any:
-    """The last row's that has it, None if it was not finite there; None where none has."""
-    return next((row[name] for row in reversed(rows) if name in row), None)
-
-
-def last_and_best(rows: Sequence[dict], name: str) -> dict[str, float | int | None]:
-    """A metric's last value, its lowest, and that one's step; None where it was not logged or is not finite."""
-    found = [(row[name], row["step"]) for row in rows if is_number(row.get(name))]
-    best, step = min(found, default=(None, None))
-    return {name: last_value(rows, name), f"best_{name}": best, f"best_{name}_step": step}

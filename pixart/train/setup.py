@@ -22,6 +22,7 @@ from pixart.data.training_set import Data, load_encoder, load_images, make_batch
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
 from pixart.errors import InputError
+from pixart.evaluate.metric import Metric
 from pixart.extensions import FOLDER, Extension, load_extensions
 from pixart.features.training_set import load_features
 from pixart.files import digest_file, write_file, write_text
@@ -39,6 +40,7 @@ from pixart.train.history import (
     settle_draws,
 )
 from pixart.train.log import check_trackers, start_trackers
+from pixart.train.metrics import open_metrics
 from pixart.train.optimizer import freeze, make_optimizer
 from pixart.train.parts import Parts, count_parameters, make_objective
 from pixart.train.preflight import check_sources
@@ -58,6 +60,7 @@ class Session:
     autoencoder: Autoencoder
     resumed: bool
     base_weights: str | None  # fingerprint of the network under an adapter
+    metrics: dict[str, Metric]  # of its validations
 
 
 def resolve_run(config: TrainConfig) -> TrainConfig:
@@ -77,6 +80,7 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
     extensions = load_extensions(config.extensions)
     config, notes = settle_draws(config)
     check_shapes(config)
+    metrics = open_metrics(config)
     if config.train.parallel == "fsdp":
         check_sharded(config.optimizer.name, config.train.mixed_precision)
     check_sources(config)
@@ -111,7 +115,7 @@ def start(config: TrainConfig, *, onednn: bool = False) -> Session:
         f"{processes.count} × {accelerator.device.type}{' (fsdp)' * (config.train.parallel == 'fsdp')}; output {run}"
     )
     start_trackers(accelerator, config)
-    return Session(config, run, data, state, loader, autoencoder, checkpoint is not None, base_weights)
+    return Session(config, run, data, state, loader, autoencoder, checkpoint is not None, base_weights, metrics)
 
 
 def fingerprint_encoders(

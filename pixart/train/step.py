@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pixart.data.samples import Batch
 from pixart.diffusion.objective import Example
+from pixart.diffusion.timestep_bins import sum_by_quarter
 from pixart.encoders.autoencoder import Autoencoder
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
@@ -15,7 +16,6 @@ from pixart.train.distributed import clip_gradients, gradient_sync
 from pixart.train.ema import ema_decay, update_ema
 from pixart.train.optimizer import learning_rate
 from pixart.train.state import TrainState
-from pixart.train.timestep_bins import sum_by_quarter
 
 OUTCOMES = ("applied", "non-finite", "spike", "unreadable")  # of a step; all but the first leave the state as it was
 
