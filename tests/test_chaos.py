@@ -208,15 +208,13 @@ def test_torchrun_starts_it_and_the_script_says_that_it_wants_more_time(base, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and open files are read from /proc")
-def test_two_thousand_steps_with_saves_leave_memory_files_and_speed_as_they_were(base, tmp_path, monkeypatch):
+def test_two_thousand_steps_with_saves_leave_memory_and_files_as_they_were(base, tmp_path, monkeypatch):
     original, trace = loop_module.train_step, []
 
     def noting(state, *arguments):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        begun = time.perf_counter()
         result = original(state, *arguments)
-        seconds, files = time.perf_counter() - begun, len(os.listdir("/proc/self/fd"))
-        trace.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, seconds, files))
+        trace.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))))
         return result
 
     monkeypatch.setattr(loop_module, "train_step", noting)
@@ -224,12 +222,9 @@ def test_two_thousand_steps_with_saves_leave_memory_files_and_speed_as_they_were
         base, train__steps=2000, train__save_every=50, train__keep=3, train__log_every=20, output=str(tmp_path / "run")
     )
     train(config)
-    memory, seconds, files = zip(*trace, strict=True)
-    middle = lambda values: sorted(values)[len(values) // 2]  # noqa: E731
-    print(f"memory {memory[500]:.0f} → {memory[-1]:.0f} MB, step {middle(seconds[200:700]) * 1e3:.2f} → "
-          f"{middle(seconds[-500:]) * 1e3:.2f} ms")  # fmt: skip
+    memory, files = zip(*trace, strict=True)
+    print(f"memory {memory[500]:.0f} → {memory[-1]:.0f} MB")
     assert max(memory[-200:]) < memory[500] + 8
-    assert middle(seconds[-500:]) < 1.3 * middle(seconds[200:700])
-    assert middle(files[-200:]) <= middle(files[200:400])
+    assert sorted(files[-200:])[100] <= sorted(files[200:400])[100]
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "step_00001900", "step_00001950", "step_00002000"]  # fmt: skip
