@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     room: floor
     for floor, rooms in enumerate([
-        "errors cpu seeds provenance", "extensions registry files", "config cli contact_sheet", "model diffusion",
-        "encoders", "checkpoint data", "features adapters", "inference", "evaluate", "train", "study benchmark",
-        "commands",
+        "errors cpu seeds provenance", "arguments extensions registry files", "config cli contact_sheet",
+        "model diffusion", "encoders", "checkpoint data", "features adapters", "inference", "evaluate", "train",
+        "study benchmark", "commands",
     ]) for room in rooms.split()
 }  # fmt: skip
 RUNTIME = {

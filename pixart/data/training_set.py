@@ -1,7 +1,7 @@
 """A run's data: what it trains on and what it holds out, from images; feature stores do likewise."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig
 from pixart.encoders.fingerprint import fingerprint
 from pixart.encoders.text import TextConfig, TextEncoder, encode_null, encoder_dtype
 from pixart.errors import InputError
-from pixart.seeds import derive_seed
+from pixart.seeds import Draw, derive_seed
 
 MANY_CAPTIONS = 10_000  # above this, several processes that each encode them all are warned
 
@@ -221,6 +221,13 @@ def describe_split(spec: DataSpec, train: int, held_out: int) -> list[str]:
     if held_out:
         lines.append(f"{held_out} held out for validation, {train} to train on")
     return lines
+
+
+def draw_also(data: Data, draws: Mapping[str, Draw]) -> None:
+    """Have every sample drawn with `draws` for the objective, in place of those that it is drawn with."""
+    for part in (data.train, data.held_out):
+        drawing = part.dataset.drawing
+        part.dataset.drawing = replace(drawing, extras=replace(drawing.extras, draws=draws))
 
 
 def make_batches(
