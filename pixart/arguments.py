@@ -74,7 +74,7 @@ def say(value: Any) -> str:
 
 
 @functools.cache
-def _hints(call: Callable) -> dict[str, Any]:
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of the parameters, looked up at the first call: they may name what is defined later."""
     hints = typing.get_type_hints(call)
     kinds = {name: parameter.kind for name, parameter in inspect.signature(call).parameters.items()}
