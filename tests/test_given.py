@@ -1,6 +1,8 @@
 """Training on what the caller brings: samples, a network, an objective; told of every step, stopped when it says so."""
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from pixart.seeds import Draw
 from pixart.train import health, train
 from pixart.train.given import Given
 from pixart.train.setup import make_accelerator, start
-from runs import build, change, make_pictures, settings
+from runs import ROOT, build, change, environment, make_pictures, settings
 from toy import tiny_model
 
 
@@ -224,6 +226,16 @@ def test_a_batch_of_samples_of_different_sizes_asks_for_buckets(base):
         train(build(base), data=samples)
 
 
+def test_workers_read_the_same_and_what_they_refuse_is_one_line_too(base):
+    one = train(build(base), data=Mine())
+    other = train(build(base, output=f"{base['output']}2", data__workers=2), data=Mine())
+    assert_equal(weights(one.run), weights(other.run))
+    samples = make_samples()
+    samples[2]["caption"] = torch.zeros(13, 16)
+    with pytest.raises(InputError, match=r"^data\[2\].caption: 13 tokens, more than text.length 12$"):
+        train(build(base, output=f"{base['output']}3", data__workers=1), data=samples)
+
+
 def test_without_a_folder_a_config_asks_for_data(base):
     with pytest.raises(InputError, match=r"data.folder: .*train"):
         train(build(base, data__resolution=8))
@@ -389,3 +401,43 @@ def test_a_numpy_array_is_as_good_as_a_tensor(base):
     one = train(build(base), data=samples)
     other = train(build(base, output=f"{base['output']}2"), data=make_samples())
     assert_equal(weights(one.run), weights(other.run))
+
+
+SCRIPT = """
+import os
+import sys
+
+from pixart.train import train
+from runs import build
+from test_given import make_samples
+
+base, output, stop = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+done = []
+result = train(
+    build(base, output=output), data=make_samples(), on_step=lambda step, _: done.append(step),
+    should_stop=lambda: os.environ['RANK'] == '1' and len(done) == stop,
+)
+sys.stderr.write(f"rank {os.environ['RANK']}: {result.step} {result.finished}\\n")
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_to_stop_when_one_of_them_is_told_and_go_on_as_undisturbed(base, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    base = change(base, train__steps=8, train__save_every=0)
+
+    def launch(output: str, stop: int) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+             repr(base), str(tmp_path / output), str(stop)],
+            env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return sorted(line for line in done.stderr.splitlines() if line.startswith("rank "))
+
+    assert launch("whole", -1) == ["rank 0: 8 True", "rank 1: 8 True"]
+    assert launch("cut", 3) == ["rank 0: 4 False", "rank 1: 4 False"]  # a step later, on both
+    assert launch("cut", -1) == ["rank 0: 8 True", "rank 1: 8 True"]
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))

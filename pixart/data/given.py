@@ -3,7 +3,7 @@
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pixart.arguments import say
+from pixart.config import differences
 from pixart.data.batches import Key
 from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
@@ -25,10 +26,10 @@ from pixart.seeds import derive_seed
 
 Array = Tensor | np.ndarray
 # settings that hold for samples of the caller too; all others say how a folder or a store is read
-SETTINGS = (
+SETTINGS = {
     "resolution", "validation", "split_seed", "draws", "conditions", "targets", "posterior", "leftovers", "workers",
     "text_dtype",
-)  # fmt: skip
+}  # fmt: skip
 
 
 class TrainingSample(TypedDict, total=False):
@@ -71,14 +72,9 @@ class TrainingData(Protocol):
 
 def check_settings(config: DataConfig) -> None:
     """Refuse settings that say how a folder or a store is read, where the caller brings the samples."""
-    plain = DataConfig()
-    if other := [f.name for f in fields(config) if f.name not in SETTINGS and _differs(config, plain, f.name)]:
+    if other := sorted(differences(config).keys() - SETTINGS):
         names = ", ".join(f"data.{name}" for name in other)
         raise InputError(f"{names}: about reading a folder or a store, but train was given data; leave one out")
-
-
-def _differs(config: DataConfig, plain: DataConfig, name: str) -> bool:
-    return getattr(config, name) != getattr(plain, name)
 
 
 def load_given(spec: DataSpec, given: TrainingData, accelerator: Accelerator) -> Data:

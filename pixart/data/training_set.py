@@ -255,8 +255,17 @@ def make_batches(
     )
 
 
+def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same, without the traceback that a loader's worker puts before the one line of an `InputError`."""
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).rpartition(f"{InputError.__module__}.InputError: ")[2].strip()) from None
+
+
 def move_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Batches on `device`; on a GPU copied from pinned memory on a stream of its own, beside the last step's work."""
+    batches = _plain_errors(batches)
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return

@@ -189,9 +189,17 @@ class Pipeline:
             batch_size: pictures at a time; changes no picture.
             truncate: cut prompts that are longer than the model's text length, rather than refuse them.
             output: "pixels" are (B, 3, H, W) in [-1, 1], not clipped; "latent" scaled latents, as generated.
-            callback: called after each step of each batch.
+            callback: called after each step of each batch with a range, which images of all; the number of the step
+                just done, from 0; and the latents after it (B, C, h, w), on the device.
             progress: True shows a bar of steps; a function is called with the number of images just done.
             conditions: what a variant of the network takes besides, (n, …) each for all n images.
+
+        Returns:
+            with output "image" a list of them, prompt by prompt; else a tensor on the model's device, as `output` says.
+
+        Raises:
+            InputError: an argument is of another type, names nothing that there is, or does not fit the others or the
+                model; a prompt is too long. All but the last before any work.
         """
         # all that can be refused is refused before the text encoder's work
         _check_counts(output, images_per_prompt, batch_size)
