@@ -100,7 +100,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, origin) and all(_fits(item, inside[1]) for item in value.values())
     if origin is Callable:
         return callable(value)
-    known = isinstance(hint, type) and not getattr(hint, "_is_protocol", False)
+    known = isinstance(hint, type) and hint is not Any and not getattr(hint, "_is_protocol", False)
     return isinstance(value, hint) if known else True
 
 

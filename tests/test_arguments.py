@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ class Thing:
         callback: Callable[[int], None] | None = None,
         pair: tuple[torch.Tensor, torch.Tensor] | None = None, named: Mapping[str, torch.Tensor] | None = None,
         flag: bool = False, files: Iterable[str | Path] = (), dtype: torch.dtype = torch.float32, plain=None,
+        options: dict[str, Any] | None = None,
     ) -> tuple:  # fmt: skip
         """What it does."""
         return prompts, seeds, steps, guidance
@@ -35,7 +36,7 @@ class Thing:
     [
         {}, {"seeds": [1, 2]}, {"seeds": range(3)}, {"seeds": np.int64(3)}, {"steps": 3}, {"guidance": 3},
         {"guidance": np.float32(3)}, {"callback": print}, {"pair": (torch.zeros(1), torch.zeros(1))},
-        {"named": {"a": torch.zeros(1)}}, {"files": ["a", Path("b")]}, {"files": iter(["a"])}, {"plain": object()},
+        {"named": {"a": torch.zeros(1)}}, {"files": ["a", Path("b")]}, {"files": iter(["a"])}, {"plain": object()}, {"options": {"a": [1]}},
         {"prompts": ["a", "b"]}, {"prompts": None}, {"output": "wrong, but said better where it is known"},
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def train(
     deterministic = torch.are_deterministic_algorithms_enabled()
     with StopSignal() as stop:
         try:
-            session = start(config, given, onednn=onednn)
+            session = start(config, given=given, onednn=onednn)
             return _run(session, session.config, stop, on_step, should_stop)
         except RuntimeError as error:
             if lost := lost_process(error, config.train.timeout):
