@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pixart
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     room: floor
     for floor, rooms in enumerate([
-        "errors cpu seeds provenance", "extensions registry files", "config cli contact_sheet", "model diffusion",
-        "encoders", "checkpoint data", "features adapters", "inference", "evaluate", "train", "study benchmark",
-        "commands",
+        "errors cpu seeds provenance", "arguments extensions registry files", "config cli contact_sheet",
+        "model diffusion", "encoders", "checkpoint data", "features adapters", "inference", "evaluate", "train",
+        "study benchmark", "commands",
     ]) for room in rooms.split()
 }  # fmt: skip
 RUNTIME = {
@@ -46,6 +48,20 @@ def test_imports_only_go_down():
                 continue
             target = room_of(module)
             assert target == room or FLOORS[target] < FLOORS[room], f"{path.name} ({room}) imports {module}"
+
+
+def test_the_surface_is_used_by_commands_and_by_the_networks_own_two_methods_alone():
+    names = set(pixart.__all__)
+    for path in sorted((ROOT / "pixart").rglob("*.py")):
+        found = [
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module == "pixart"
+            for alias in node.names
+            if alias.name in names
+        ]
+        allowed = {"pixart.py": ["load_model", "export_model"]}.get(path.name, [])
+        assert path.parent.name == "commands" or found == allowed, path
 
 
 def test_runtime_packages_alone_are_imported_at_the_top():

@@ -51,6 +51,7 @@ def adapt(network: PixArt, config: AdapterConfig, seed: int = 0) -> Adapter:
     if not any(True for _ in adapter.parameters()):
         raise InputError(f"adapter '{config.kind}' with {config.options}: it has no parameter, so nothing would train")
     initialize(adapter, derive_seed(seed, "adapter"))
+    network.adapted = config.kind  # its own tensors are no longer all of it, see `pixart.checkpoint.save`
     return adapter.to(next(network.parameters()).device)
 
 

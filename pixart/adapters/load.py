@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pixart.adapters.adapter import AdapterConfig, adapt
+from pixart.arguments import checked
 from pixart.checkpoint import load as plain
 from pixart.checkpoint.files import ModelCard, compare_shapes, newest_checkpoint, save_tensors
 from pixart.config import build, build_written, differences, to_dict
@@ -63,9 +64,42 @@ def read_settings(folder: Path) -> tuple[AdapterConfig, ModelCard, str, str]:
     return build(AdapterConfig, found[0], place=f"{path}: "), build_written(ModelCard, found[1]), *found[2:]
 
 
-def load_model(source: str | Path, **options: Any) -> PixArt:
-    """As `pixart.checkpoint.load_model`, with the same options; a source may be an adapter, too."""
-    return load_with_card(source, **options)[0]
+@checked
+def load_model(
+    source: str | Path,
+    *,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
+    extensions: Iterable[str | Path] = (),
+    base: str | Path | None = None,
+) -> PixArt:
+    """Load a PixArt in eval mode, from any format, with the config that its files tell.
+
+    No parameter requires a gradient: call `requires_grad_(True)` to train. On the CPU, weights of safetensors stay
+    memory-mapped, so that file is to be replaced, not written into, while the model lives; all others are copied.
+
+    Args:
+        source: an official .pth or training checkpoint, a transformer or pipeline folder of diffusers, one of its
+            files, a model, adapter or run of ours, or on the Hub owner/name, owner/name/subfolder or
+            owner/name/file.pth.
+        ema: of a source with averaged and raw weights, the averaged ones.
+        dtype: the files' own by default, which must then be one.
+        device: the CPU by default.
+        overrides: fields of `PixArtConfig` that a file cannot tell, as {"num_heads": 12}.
+        revision: of a Hub repository: a branch, tag or commit.
+        extensions: files of one's own that register the variants it is made of, see `pixart.extensions`.
+        base: of an adapter: another place of its base than it names.
+
+    Raises:
+        InputError: nothing there, not a PixArt, or not whole; names files, tensors, shapes and the likely cause.
+    """
+    return load_with_card(
+        source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision, extensions=extensions,
+        base=base,
+    )[0]  # fmt: skip
 
 
 def load_with_card(
@@ -113,6 +147,7 @@ def load_with_card(
     load_adapter(adapter, folder / WEIGHTS)
     parameter = next(network.parameters())
     adapter.to(parameter.device, parameter.dtype).requires_grad_(False)
+    network.card = card
     return network.eval(), card
 
 

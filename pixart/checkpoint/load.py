@@ -104,6 +104,7 @@ def load_with_card(
         check_one_dtype(state, plan, found.name)
     loaded = dict(_take(found, state, plan, dtype, torch.device(device or "cpu")))
     plan.model.load_state_dict(loaded, strict=True, assign=True)
+    plan.model.card = plan.card  # travels with it, see `export_model`
     return plan.model.eval().requires_grad_(False), plan.card
 
 

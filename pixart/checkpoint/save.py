@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pixart.arguments import checked
 from pixart.checkpoint.cards import TEXT, VAE, implied_card
 from pixart.checkpoint.detect import complete, examine, is_sigma
 from pixart.checkpoint.files import CONFIG, ModelCard, save_model
@@ -60,6 +61,11 @@ def save(
             f"{target}: the authors' format is a file of torch.save; name it {target.stem}.pth, or use --to ours or "
             "diffusers, which hold safetensors"
         )
+    if kind := getattr(model, "adapted", None):
+        raise InputError(
+            f"{target}: the network has an adapter '{kind}', which this format has no place for; keep the adapter's "
+            "own folder, which names its base"
+        )
     card = replace(card, model=model.config)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if why := refusal(card, format, has_null=has_null_caption(state)):
@@ -76,6 +82,33 @@ def save(
     else:
         write_folder(target, lambda folder: _write_pipeline(folder, state, card), manifest=False)
     return describe_parts(local, copied=bool(copied))
+
+
+@checked
+def export_model(
+    model: PixArt, target: str | Path, format: Format = "ours", *, card: ModelCard | None = None
+) -> list[str]:  # fmt: skip
+    """Write a network in any format, as `save`, with the card that it was loaded with unless another is given.
+
+    Args:
+        target: a new folder; a new .pth file with format "official".
+        format: "ours", "official", "diffusers" or "diffusers-pipeline", see `save`.
+        card: all that sampling needs besides, whose `model` is the network's config; one made in Python needs it.
+
+    Returns:
+        what became of a VAE and text encoder that are on this machine alone, as lines.
+
+    Raises:
+        InputError: the target is there, the format cannot express the model, or there is no card.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    card = card or getattr(model, "card", None)
+    if card is None:
+        raise InputError(
+            "card: a network made in Python says nothing of its text encoder, autoencoder and diffusion; give it as "
+            "card=ModelCard(diffusion=…, vae=…, text=…)"
+        )
+    return save(model, card, target, format)
 
 
 def has_null_caption(state: dict[str, Tensor]) -> bool:

@@ -10,8 +10,8 @@ from pixart.errors import InputError
 
 @dataclass(frozen=True)
 class DataConfig:
-    # or one file: a .json list, a .tar shard, a .parquet, one .txt of a SAM partition
-    folder: str = setting(path=True, resume="free")
+    # or one file: a .json list, a .tar shard, a .parquet, one .txt of a SAM partition; "" where `train` is given data
+    folder: str = setting("", path=True, resume="free")
     # a feature store: `scripts/extract.py` makes it of `folder`, training then reads it and nothing of `folder`
     features: str | None = setting(None, path=True, resume="free")
     # further stores → how often an epoch shows each, 1 is once

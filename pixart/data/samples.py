@@ -166,6 +166,8 @@ class Captions:
 class ImageDataset(Dataset):
     """Captioned images with their captions' states, by (epoch, index) keys; see `Batch` for what comes out."""
 
+    by_epoch = True  # what keys are, see `pixart.data.given.TrainingData`
+
     def __init__(
         self,
         records: Sequence[Record],
@@ -253,6 +255,11 @@ def collate(samples: list[dict], *, length: int | None = None) -> Batch:
     for sample in samples:
         if not len(sample["caption"]):
             raise InputError(f"{sample['id']}: its caption has no token")
+    if len(shapes := sorted({tuple(sample["noise"].shape) for sample in samples})) > 1:
+        raise InputError(
+            f"a batch has latents of shapes {shapes[0]} and {shapes[1]}; samples of one bucket must have one: give the "
+            "data set `buckets`, a number for each sample's size"
+        )
     captions = [sample["caption"] for sample in samples]
     lengths = torch.tensor([len(caption) for caption in captions])
     padded = pad_length(int(lengths.max()), length)

@@ -90,6 +90,8 @@ def read_items(config: DataConfig, fields: Fields) -> tuple[str, Iterator[Item]]
     Raises:
         InputError: there is no such source.
     """
+    if not config.folder:
+        raise InputError("data.folder: there is none; expected a folder of images with captions")
     path = Path(config.folder)
     if not path.exists():
         raise InputError(f"data folder {path}: there is none; expected a folder of images with captions")

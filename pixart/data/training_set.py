@@ -1,7 +1,7 @@
 """A run's data: what it trains on and what it holds out, from images; feature stores do likewise."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig
 from pixart.encoders.fingerprint import fingerprint
 from pixart.encoders.text import TextConfig, TextEncoder, encode_null, encoder_dtype
 from pixart.errors import InputError
-from pixart.seeds import derive_seed
+from pixart.seeds import Draw, derive_seed
 
 MANY_CAPTIONS = 10_000  # above this, several processes that each encode them all are warned
 
@@ -223,6 +223,13 @@ def describe_split(spec: DataSpec, train: int, held_out: int) -> list[str]:
     return lines
 
 
+def draw_also(data: Data, draws: Mapping[str, Draw]) -> None:
+    """Have every sample drawn with `draws` for the objective, in place of those that it is drawn with."""
+    for part in (data.train, data.held_out):
+        drawing = part.dataset.drawing
+        part.dataset.drawing = replace(drawing, extras=replace(drawing.extras, draws=draws))
+
+
 def make_batches(
     spec: DataSpec, data: Data, accelerator: Accelerator, *, batch_size: int, accumulation: int, position: int
 ) -> tuple[BucketBatches, DataLoader]:
@@ -248,8 +255,17 @@ def make_batches(
     )
 
 
+def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same, without the traceback that a loader's worker puts before the one line of an `InputError`."""
+    try:
+        yield from batches
+    except InputError as error:
+        raise InputError(str(error).rpartition(f"{InputError.__module__}.InputError: ")[2].strip()) from None
+
+
 def move_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Batches on `device`; on a GPU copied from pinned memory on a stream of its own, beside the last step's work."""
+    batches = _plain_errors(batches)
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return

@@ -55,6 +55,7 @@ class Objective(nn.Module):
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective.name")
+GIVEN = "python:"  # begins the name of one that `train` was given as an object, which no registry knows
 
 
 @OBJECTIVES.register("denoising")
@@ -84,5 +85,5 @@ class TrainingModule(nn.Module):
 class ObjectiveConfig:
     """What a run minimises; sampling does not depend on it."""
 
-    name: str = "denoising"  # a key of OBJECTIVES
+    name: str = "denoising"  # a key of OBJECTIVES; of an object that `train` was given, GIVEN and where it is from
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its constructor

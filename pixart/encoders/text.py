@@ -104,12 +104,16 @@ class TextEncoder:
                     "shorten it, or pass truncate to cut it"
                 )
 
-    def to(self, device: torch.device | str) -> "TextEncoder":
-        """Move it, in place."""
+    def check_movable(self) -> None:
+        """Raises InputError where it stays on its device."""
         if getattr(self.model, "is_quantized", False):
             raise InputError(
                 "a text encoder in 8 or 4 bits cannot be moved off its device; free it after encoding instead"
             )
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Move it, in place."""
+        self.check_movable()
         self.model.to(device)
         if torch.cuda.is_available():  # what it leaves is for the network and the VAE
             torch.cuda.empty_cache()

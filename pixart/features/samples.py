@@ -14,6 +14,8 @@ from pixart.features.store import FeatureStore
 class FeatureDataset(Dataset):
     """Samples of feature stores, one after the other, by (epoch, index) keys; see `Batch` for what comes out."""
 
+    by_epoch = True  # what keys are, see `pixart.data.given.TrainingData`
+
     def __init__(
         self,
         stores: Sequence[FeatureStore],

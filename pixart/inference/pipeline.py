@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart.adapters.load import load_with_card
+from pixart.arguments import checked
 from pixart.checkpoint import ModelCard
+from pixart.checkpoint.save import Format, export_model
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
@@ -28,6 +30,7 @@ from pixart.inference.latents import (
     to_images,
     with_null_mode,
 )  # fmt: skip
+from pixart.inference.results import Images, describe
 from pixart.model import PixArt
 
 Embeddings = tuple[Tensor, Tensor]  # states (B, L, C) and mask (B, L), 1 = a token; what `TextEncoder.encode` returns
@@ -52,7 +55,53 @@ class Pipeline:
         self.offload_text = offload_text
         self._nulls: dict[str, Tensor | None] = {}  # by mode; they outlive the text encoder
 
+    def __repr__(self) -> str:
+        return describe(self)
+
+    @property
+    def device(self) -> torch.device:
+        """The network's."""
+        return next(self.model.parameters()).device
+
+    @checked
+    def to(self, device: torch.device | str) -> "Pipeline":
+        """Move network, autoencoder and text encoder, in place → itself. With `offload_text` the last stays on the CPU.
+
+        Raises:
+            InputError: torch cannot use the device, or the text encoder is in 8 or 4 bits, which stays where it is;
+                nothing has moved then.
+        """
+        _check_device(device)
+        moving = self.text if self.text is not None and not self.offload_text else None
+        if moving is not None:
+            moving.check_movable()
+        self.model.to(device)
+        self.autoencoder.to(device)
+        if moving is not None:
+            moving.to(device)
+        return self
+
+    @checked
+    def save_pretrained(self, folder: str | Path, *, format: Format = "ours") -> list[str]:
+        """Write the model with all that sampling needs, whole or not at all; `from_pretrained(folder)` gives it back.
+
+        A text encoder and a VAE that are on this machine alone are copied; others are named by their Hub ids.
+
+        Args:
+            folder: a new one; a .pth file with format "official".
+            format: as `pixart.export_model`'s; "diffusers-pipeline" is a folder that diffusers opens.
+
+        Returns:
+            what became of a text encoder and VAE that are on this machine alone, as lines.
+
+        Raises:
+            InputError: it is there already, or the format cannot express the model.
+            OSError: the disk is full or not writable.
+        """
+        return export_model(self.model, folder, format, card=self.card)
+
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         source: str | Path,
@@ -115,6 +164,7 @@ class Pipeline:
             model.compile_blocks()
         return cls(model, card, autoencoder, text, offload_text=offload_text)
 
+    @checked
     def __call__(
         self, prompts: str | Sequence[str] | None, seeds: int | Sequence[int] = 0, config: SampleConfig | None = None,
         *, steps: int | None = None, guidance: float | None = None, sampler: str | None = None,
@@ -141,9 +191,17 @@ class Pipeline:
             batch_size: pictures at a time; changes no picture.
             truncate: cut prompts that are longer than the model's text length, rather than refuse them.
             output: "pixels" are (B, 3, H, W) in [-1, 1], not clipped; "latent" scaled latents, as generated.
-            callback: called after each step of each batch.
+            callback: called after each step of each batch with a range, which images of all; the number of the step
+                just done, from 0; and the latents after it (B, C, h, w), on the device.
             progress: True shows a bar of steps; a function is called with the number of images just done.
             conditions: what a variant of the network takes besides, (n, …) each for all n images.
+
+        Returns:
+            with output "image" a list of them, prompt by prompt; else a tensor on the model's device, as `output` says.
+
+        Raises:
+            InputError: an argument is of another type, names nothing that there is, or does not fit the others or the
+                model; a prompt is too long. All but the last before any work.
         """
         # all that can be refused is refused before the text encoder's work
         _check_counts(output, images_per_prompt, batch_size)
@@ -252,7 +310,7 @@ class Pipeline:
                 results += self._finish(latents, size[1], output)
                 if callable(progress):
                     progress(len(part))
-        return results if output == "image" else torch.stack(results)
+        return Images(results) if output == "image" else torch.stack(results)
 
     def _sample(
         self, part: range, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None,
@@ -313,11 +371,11 @@ def _one_each(seeds: int | Sequence[int], count: int, each: int) -> list[int]:
     """A seed for every picture."""
     if not count:
         raise InputError("got no prompt, expected at least one")
-    if isinstance(seeds, int):
-        return [seeds + i for _ in range(count) for i in range(each)]
+    if not isinstance(seeds, Sequence):
+        return [int(seeds) + i for _ in range(count) for i in range(each)]
     if len(seeds) != count * each:
         raise InputError(f"got {len(seeds)} seeds, expected one for each of {count * each} pictures, or a number")
-    return list(seeds)
+    return [int(seed) for seed in seeds]
 
 
 def _negatives(

@@ -10,6 +10,7 @@ Letters in shape comments:
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -230,6 +231,27 @@ class PixArt(nn.Module):
         x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
         return (x, hidden) if keep else x
         # fmt: on
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> "PixArt":
+        """`pixart.load_model(source, **options)`, which says what it takes and raises: any PixArt in circulation, in
+        eval mode."""
+        from pixart import load_model  # files are no matter of this room: the package's surface knows them
+
+        return load_model(source, **options)
+
+    def save_pretrained(self, folder: str | Path, *, card: Any = None) -> None:
+        """Write a new folder that `from_pretrained` and `Pipeline.from_pretrained` take.
+
+        `card`, a `pixart.ModelCard`, is all that sampling needs besides; by default the one that it was loaded with.
+
+        Raises:
+            InputError: the folder is there, or there is no card.
+            OSError: the disk is full or not writable; nothing is left behind.
+        """
+        from pixart import export_model
+
+        export_model(self, folder, card=card)
 
     def encode_caption(self, caption: Tensor, caption_mask: Tensor | None = None) -> CaptionContext:
         """Every block's keys and values of a caption; sampling computes them once, not once a step.

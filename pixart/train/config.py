@@ -10,7 +10,7 @@ from pixart.config import setting
 from pixart.data.arrays import Extras
 from pixart.data.config import DataConfig
 from pixart.data.training_set import DataSpec
-from pixart.diffusion.objective import OBJECTIVES, ObjectiveConfig
+from pixart.diffusion.objective import GIVEN, OBJECTIVES, ObjectiveConfig
 from pixart.diffusion.sampling import SAMPLERS, SampleConfig, resolve
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
 from pixart.encoders.autoencoder import AutoencoderConfig
@@ -176,7 +176,8 @@ class TrainConfig:
         extras = Extras(
             conditions={**{name: draw for name, draw in routing.items() if draw}, **self.data.conditions},
             targets=self.data.targets,
-            draws=OBJECTIVES[self.objective.name].draws,
+            # those of an objective that `train` is given are known once it is made
+            draws={} if self.objective.name.startswith(GIVEN) else OBJECTIVES[self.objective.name].draws,
         )
         return DataSpec(
             self.data, self.vae, self.text, self.model.patch_size, self.model.caption_channels, self.prompts,

@@ -1,7 +1,7 @@
 """What changed under a run between its starts: said once, and kept in `history.jsonl`, a line for each start."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,12 @@ def check_encoders(run: Path, config: TrainConfig, changes: Changes, weights: Ma
 
 
 def note_start(
-    run: Path, state: TrainState, config: TrainConfig, changes: Changes, data: Data, encoders: Mapping[str, str]
-) -> list[str]:
+    run: Path, state: TrainState, config: TrainConfig, changes: Changes, data: Data, encoders: Mapping[str, str],
+    given: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """Add a line for this start, and make its configuration the run's; the main process alone calls it.
+
+    `given` says what the caller brought from Python, which the configuration does not tell.
 
     Returns:
         what its user should know of changes, a line each.
@@ -106,7 +109,7 @@ def note_start(
         "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": state.processes.count,
         "onednn": uses_onednn(state.parts.network), "images": len(data.train), "samples": data.fingerprint,
         "held_out_images": len(data.held_out), "held_out": data.held_out_fingerprint, "encoders": dict(encoders),
-        "changed": told,
+        "changed": told, "given": list(given),
     }  # fmt: skip
     earlier = [old for old in read_rows(run / FILE) if old["step"] < step]  # starts that trained
     parts = ("training data", "samples", "images"), ("held-out images", "held_out", "held_out_images")

@@ -46,6 +46,7 @@ class Watch:
     def __init__(self, accelerator: Accelerator, config: TrainConfig, run: Path, progress: Progress):
         self.accelerator, self.config, self.run, self.progress = accelerator, config, run, progress
         self.peak = config.train.peak_tflops
+        self.stopped_by = "a signal"  # of a run that ends early without an error
         self.hours_before, self.loss, self.warned = 0.0, None, set()
         metrics = open_metrics(config)
         self.scores = {score.key for metric in metrics.values() for score in metric.declaration.scores}
@@ -177,7 +178,8 @@ class Watch:
         self.bar.close()
         told = self.config.train.peak_tflops
         peak = {"peak_tflops": self.peak, "peak_is": "measured" if told == "measure" else told and "given"}
-        summary = {**summarise(self.config, self.run, self.progress, error), "gpu_hours": self.gpu_hours, **peak}
+        summary = summarise(self.config, self.run, self.progress, error, self.stopped_by)
+        summary |= {"gpu_hours": self.gpu_hours, **peak}
         self._beat()
         self._try(SUMMARY, lambda path: write_json(path, summary, durable=False))
         self.accelerator.end_training()
@@ -223,10 +225,12 @@ def read_gpu_hours(run: Path) -> float:
         raise InputError(f"{path}: cannot be read ({error}); remove it to count device-hours from 0") from None
 
 
-def summarise(config: TrainConfig, run: Path, progress: Progress, error: BaseException | None) -> dict:
-    """How a run stands or ended, as `summary.json` has it; `error` is what stopped it."""
+def summarise(
+    config: TrainConfig, run: Path, progress: Progress, error: BaseException | None, stopped_by: str = "a signal"
+) -> dict:
+    """How a run stands or ended, as `summary.json` has it; `error` is what stopped it, else `stopped_by`."""
     finished = error is None and progress.step >= config.train.steps
-    why = "finished" if finished else "stopped by a signal"
+    why = "finished" if finished else f"stopped by {stopped_by}"
     if error is not None:
         why = f"{type(error).__name__}: {error}".rstrip(": ")
     rows, now = read_metrics(run), {name: metric.declaration for name, metric in open_metrics(config).items()}

@@ -13,6 +13,7 @@ from pixart.checkpoint.files import checkpoints
 from pixart.checkpoint.init_from import start_from
 from pixart.data.arrays import ARRAYS
 from pixart.data.config import DataConfig
+from pixart.data.given import needs_text
 from pixart.data.sources import SOURCES
 from pixart.diffusion.sampling import resolve
 from pixart.diffusion.schedule import make_schedule
@@ -28,8 +29,9 @@ from pixart.train.history import ENCODERS
 from pixart.train.optimizer import freeze
 
 
-def check_sources(config: TrainConfig) -> None:
-    """Look for the pictures, the text encoder, the VAE and the weights to start from, of which all are read.
+def check_sources(config: TrainConfig, *, given: bool = False) -> None:
+    """Look for the pictures, the text encoder, the VAE and the weights to start from, of which all are read; with
+    samples that are `given`, not for pictures.
 
     Raises:
         InputError: what is missing, a line each; or `train.freeze` does not fit the model.
@@ -37,7 +39,7 @@ def check_sources(config: TrainConfig) -> None:
     resolve(config.sample, make_schedule(config.diffusion))
     with torch.device("meta"):
         model = PixArt(config.model)
-    for name in config.data_spec.extras.arrays:
+    for name in () if given else config.data_spec.extras.arrays:
         _ = ARRAYS[name]
     freeze(model, config.train.freeze)
     looks: dict[str, Callable] = {}
@@ -53,9 +55,9 @@ def check_sources(config: TrainConfig) -> None:
                 f"(scripts/extract.py CONFIG data.every=1 data.folder={data.validation_folder} data.features=STORE) "
                 "and give it as data.validation_features"
             )
-    else:
+    elif not given or needs_text(config.data_spec):
         looks["text.model"] = lambda: _look_for_text(config.text)
-    if not stores:
+    if not stores and not given:
         if not data.prepare:
             looks = {"data.folder": partial(_look_for_images, data.folder, data.format), **looks}
         if data.validation_folder:
@@ -87,6 +89,10 @@ def _look_for_features(folder: str) -> None:
 def _look_for_images(folder: str, format: str) -> None:
     if format != "auto":
         _ = SOURCES[format]
+    if not folder:
+        raise InputError(
+            "there is none; expected a folder of images with captions, or data in Python: train(…, data=…)"
+        )
     if not Path(folder).exists():
         raise InputError(f"{folder}: there is none; expected a folder of images with captions")
 

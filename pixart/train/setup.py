@@ -18,7 +18,8 @@ from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
 from pixart.config import dump_yaml, flatten, load_config, meaning, resolve_paths, to_dict
 from pixart.cpu import use_onednn
-from pixart.data.training_set import Data, load_encoder, load_images, make_batches
+from pixart.data.given import load_given
+from pixart.data.training_set import Data, draw_also, load_encoder, load_images, make_batches
 from pixart.encoders.autoencoder import Autoencoder, load_autoencoder
 from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
 from pixart.errors import InputError
@@ -29,6 +30,7 @@ from pixart.files import digest_file, write_file, write_text
 from pixart.model.pixart import PixArt
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded, shard
+from pixart.train.given import Given
 from pixart.train.history import (
     CONFIG,
     ENCODERS,
@@ -69,41 +71,46 @@ def resolve_run(config: TrainConfig) -> TrainConfig:
     return resolve_paths(config, load_config(TrainConfig, stored, run_code=False) if stored.exists() else None)
 
 
-def start(config: TrainConfig, *, onednn: bool = False) -> Session:
+def start(config: TrainConfig, given: Given = Given(), *, onednn: bool = False) -> Session:
     """Open or resume the run. What can be wrong shows here: cheap checks first, nothing is overwritten.
 
-    `onednn` as in `build_state`.
+    `given` and `onednn` as in `build_state`.
 
     Raises:
         InputError: anything wrong with the configuration, the data or the run's folder.
     """
     extensions = load_extensions(config.extensions)
-    config, notes = settle_draws(config)
-    check_shapes(config)
+    config, notes = settle_draws(given.settle(config))
+    check_shapes(config, given=given.data is not None)
     metrics = open_metrics(config)
     if config.train.parallel == "fsdp":
         check_sharded(config.optimizer.name, config.train.mixed_precision)
-    check_sources(config)
+    check_sources(config, given=given.data is not None)
     accelerator = make_accelerator(config)
     processes = Processes(accelerator, config.train.timeout)
     run, checkpoint, changes = open_run(config, accelerator, processes, extensions)
     autoencoder = load_autoencoder(config.vae, device=accelerator.device)
     spec = config.data_spec
-    if config.data.features or config.data.mix:
+    if given.data is not None:
+        data = load_given(spec, given.data, accelerator)
+    elif config.data.features or config.data.mix:
         data = load_features(spec, accelerator, autoencoder)
     else:
         data = load_images(spec, accelerator, autoencoder)
     accelerator.print("\n".join([*notes, data.report]))
     encoders = fingerprint_encoders(config, data, autoencoder, accelerator, moved="text.model" in changes)
     notes = check_encoders(run, config, changes, encoders)
-    state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None, onednn=onednn)
+    state = build_state(
+        config, accelerator, processes, data.null, fresh=checkpoint is None, given=given, onednn=onednn
+    )  # fmt: skip
+    draw_also(data, state.parts.objective.draws)
     base_weights = None if config.adapter is None else fingerprint(state.parts.network)
     if checkpoint is not None:
         check_base(checkpoint, base_weights, config)
         notes += load_checkpoint(state, checkpoint)
         accelerator.print("\n".join([f"going on from {checkpoint}", *notes]))
     if accelerator.is_main_process:
-        for note in note_start(run, state, config, changes, data, encoders):
+        for note in note_start(run, state, config, changes, data, encoders, given.names):
             accelerator.print(note)
     batches, loader = make_batches(
         spec, data, accelerator, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
@@ -254,15 +261,16 @@ def keep_extensions(run: Path, extensions: Sequence[Extension]) -> None:
             write_file(run / FOLDER / extension.path.name, lambda path, content=content: path.write_bytes(content))
 
 
-def check_shapes(config: TrainConfig) -> None:
-    """Refuse a model whose channels or native size are not those of the data, before anything is loaded."""
+def check_shapes(config: TrainConfig, *, given: bool = False) -> None:
+    """Refuse a model whose channels or native size are not those of the data, before anything is loaded; `given`
+    samples have the sizes that they have."""
     if config.model.in_channels != config.vae.latent_channels:
         raise InputError(
             f"model.in_channels is {config.model.in_channels}, the autoencoder '{config.vae.kind}' has "
             f"{config.vae.latent_channels} channels; set it to {config.vae.latent_channels}"
         )
     side = config.data.resolution // config.vae.downsample
-    if config.model.latent_size != side:
+    if config.model.latent_size != side and not given:
         raise InputError(
             f"model.latent_size is {config.model.latent_size}, but data.resolution {config.data.resolution} gives "
             f"latents of side {side}; set it to {side}"
@@ -271,19 +279,23 @@ def check_shapes(config: TrainConfig) -> None:
 
 def build_state(
     config: TrainConfig, accelerator: Accelerator, processes: Processes, null: Tensor | None, *, fresh: bool,
-    onednn: bool = False,
+    given: Given = Given(), onednn: bool = False,
 ) -> TrainState:  # fmt: skip
-    """Model, EMA and optimizer at step 0, the same in every process; a `fresh` run starts as `init_from` says, and
-    `onednn` has all of them multiply by oneDNN on a CPU."""
+    """Model, EMA and optimizer at step 0, the same in every process; a `fresh` run starts as `init_from` says, or with
+    the network and the objective that are `given`, and `onednn` has all of them multiply by oneDNN on a CPU."""
     torch.manual_seed(config.seed)
-    model = PixArt(config.model)
+    model = PixArt(config.model) if given.model is None else given.model.train()
     if config.init_from is not None and (fresh or config.adapter is not None):
         notes = start_from(model, config.init_from, diffusion=config.diffusion)
         accelerator.print("\n".join([f"starting from {config.init_from}", *notes]))
     if null is not None:
         model.y_embedder.y_embedding[: len(null)] = null.float()
     model.to(accelerator.device)
-    objective = make_objective(config.objective, config.diffusion, model, config.seed).to(accelerator.device)
+    if given.objective is None:
+        objective = make_objective(config.objective, config.diffusion, model, config.seed)
+    else:
+        objective = given.make_objective(model)
+    objective.to(accelerator.device)
     for module in (model, objective) if onednn else ():
         use_onednn(module)
     parts = Parts.of(model, objective, config.adapter, config.seed)
