@@ -114,7 +114,7 @@ def rms_norm(dim):
     return nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
-@MLPS.register("swiglu")
+@MLPS.register("swish_gated")
 class SwiGLU(nn.Module):
     def __init__(self, in_features, hidden_features, out_features):
         super().__init__()

@@ -55,7 +55,7 @@ VARIANTS = {
     "rope": {"positions": "rope"},
     "time token and rope": {"conditioning": "time_token", "positions": "rope"},
     "rms norm": {"norm": "rms_norm"},
-    "swiglu": {"mlp": "swiglu"},
+    "swish_gated": {"mlp": "swish_gated"},
     "attention of one's own": {"attention": "sharper", "options": {"temperature": 0.5}},
     "tread": {"routing": "tread", "depth": 4},
     "tread, rope and a time token": {
@@ -195,7 +195,7 @@ def test_a_condition_that_the_network_does_not_take_is_refused():
 
 @pytest.mark.parametrize(
     ("setting", "name"),
-    [("conditioning", "adaLN"), ("positions", "ropes"), ("attention", "sharp"), ("norm", "rmsnorm"), ("mlp", "swigloo"),
+    [("conditioning", "adaLN"), ("positions", "ropes"), ("attention", "sharp"), ("norm", "rmsnorm"), ("mlp", "swish_gate"),
      ("routing", "treads")],
 )  # fmt: skip
 def test_a_name_that_nothing_registers_is_refused_with_the_nearest(setting, name):
@@ -387,7 +387,7 @@ def base(tmp_path_factory) -> dict:
     (folder / "mine").mkdir()
     extension = Path(shutil.copy(ROOT / "tests" / "ideas.py", folder / "mine" / "my_ideas.py"))
     text = extension.read_text()
-    for name in ("adaln", "time_token", "rope", "rms_norm", "swiglu", "sharper", "tread", "busy", "patch_contrast",
+    for name in ("adaln", "time_token", "rope", "rms_norm", "swish_gated", "sharper", "tread", "busy", "patch_contrast",
                  "patch_colours", "everything", "stripes", "one_step", "low_rank", "mae", "cosine"):  # fmt: skip
         text = text.replace(f'"{name}"', f'"my_{name}"')
     extension.write_text(text)
@@ -402,7 +402,7 @@ def base(tmp_path_factory) -> dict:
         made, extensions=[str(extension)], data__format="my_stripes", data__flip=True, data__validation=0.2,
         data__conditions={"contrast": "my_patch_contrast"}, data__targets={"colours": "my_patch_colours"},
         data__features=str(folder / "store"), extract={"mirrored": True},
-        model__conditioning="my_adaln", model__positions="my_rope", model__norm="my_rms_norm", model__mlp="my_swiglu",
+        model__conditioning="my_adaln", model__positions="my_rope", model__norm="my_rms_norm", model__mlp="my_swish_gated",
         model__attention="my_sharper", model__options={"temperature": 0.5}, model__routing="my_busy", model__depth=3,
         diffusion={"schedule": "flow", "prediction": "velocity"},
         objective={"name": "my_everything", "options": {"weight": 0.25}},
