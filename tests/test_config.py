@@ -418,7 +418,8 @@ DEFAULTS = {
     "text": {"model": "DeepFloyd/t5-v1_1-xxl", "length": 120, "clean": True, "null": "buffer"},
     "vae": {"kind": "identity", "source": "", "scale": None},
     "sample": {
-        "sampler": "auto", "spacing": "auto", "times": [], "steps": None, "guidance": None, "guidance_low": 0.0, "guidance_high": 1000.0,
+        "sampler": "auto", "spacing": "auto", "times": [],
+        "steps": None, "guidance": None, "guidance_low": 0.0, "guidance_high": 1000.0,
         "rescale": 0.0, "order": 2, "ending": "sigma", "eta": 0.0, "tau": 1.0, "clip_x0": False, "shift": 1.0,
     },
     "data": {

@@ -502,7 +502,7 @@ def test_every_setting_of_a_network_shows_in_its_description(tmp_path):
     for field in fields(PixArtConfig):
         value = getattr(tiny_model().config, field.name)
         others = {"kv_compression": "uniform", "kv_blocks": (0,), "conditioning": "adaln", "positions": "rope",
-                  "attention": "sharper", "norm": "rms_norm", "mlp": "swiglu", "routing": "tread",
+                  "attention": "sharper", "norm": "rms_norm", "mlp": "swish_gated", "routing": "tread",
                   "options": {"mine": 1}}  # fmt: skip
         other = others.get(field.name)
         if other is None:

@@ -195,8 +195,8 @@ def test_a_condition_that_the_network_does_not_take_is_refused():
 
 @pytest.mark.parametrize(
     ("setting", "name"),
-    [("conditioning", "adaLN"), ("positions", "ropes"), ("attention", "sharp"), ("norm", "rmsnorm"), ("mlp", "swish_gate"),
-     ("routing", "treads")],
+    [("conditioning", "adaLN"), ("positions", "ropes"), ("attention", "sharp"), ("norm", "rmsnorm"),
+     ("mlp", "swish_gate"), ("routing", "treads")],
 )  # fmt: skip
 def test_a_name_that_nothing_registers_is_refused_with_the_nearest(setting, name):
     with pytest.raises(
@@ -402,8 +402,9 @@ def base(tmp_path_factory) -> dict:
         made, extensions=[str(extension)], data__format="my_stripes", data__flip=True, data__validation=0.2,
         data__conditions={"contrast": "my_patch_contrast"}, data__targets={"colours": "my_patch_colours"},
         data__features=str(folder / "store"), extract={"mirrored": True},
-        model__conditioning="my_adaln", model__positions="my_rope", model__norm="my_rms_norm", model__mlp="my_swish_gated",
-        model__attention="my_sharper", model__options={"temperature": 0.5}, model__routing="my_busy", model__depth=3,
+        model__conditioning="my_adaln", model__positions="my_rope", model__norm="my_rms_norm",
+        model__mlp="my_swish_gated", model__attention="my_sharper", model__options={"temperature": 0.5},
+        model__routing="my_busy", model__depth=3,
         diffusion={"schedule": "flow", "prediction": "velocity"},
         objective={"name": "my_everything", "options": {"weight": 0.25}},
         sample={"sampler": "my_one_step"}, prompts=["a square, number 3"],
