@@ -36,7 +36,8 @@ class Thing:
     [
         {}, {"seeds": [1, 2]}, {"seeds": range(3)}, {"seeds": np.int64(3)}, {"steps": 3}, {"guidance": 3},
         {"guidance": np.float32(3)}, {"callback": print}, {"pair": (torch.zeros(1), torch.zeros(1))},
-        {"named": {"a": torch.zeros(1)}}, {"files": ["a", Path("b")]}, {"files": iter(["a"])}, {"plain": object()}, {"options": {"a": [1]}},
+        {"named": {"a": torch.zeros(1)}}, {"files": ["a", Path("b")]}, {"files": iter(["a"])}, {"plain": object()},
+        {"options": {"a": [1]}},
         {"prompts": ["a", "b"]}, {"prompts": None}, {"output": "wrong, but said better where it is known"},
     ],
 )  # fmt: skip
