@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import pixart
 import pixart.train
@@ -20,7 +21,7 @@ from pixart.checkpoint import load_with_card, save_model
 from pixart.checkpoint.save import export_model
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from runs import ROOT, make_text_encoder
+from runs import ROOT, environment, make_text_encoder
 from toy import tiny_model
 
 CONFIG = SampleConfig(sampler="ddim", steps=3, guidance=3.0)
@@ -231,7 +232,13 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-EXAMPLES = [(path, i) for path in (ROOT / "README.md", ROOT / "pixart" / "README.md") for i in range(len(blocks(path)))]
+def is_file(code: str) -> bool:
+    """Whether an example is a file of its own, whose name stands in its first line."""
+    return re.match(r"# \w+\.py\n", code) is not None
+
+
+PAGES = (ROOT / "README.md", ROOT / "pixart" / "README.md")
+EXAMPLES = [(path, i) for path in PAGES for i, code in enumerate(blocks(path)) if not is_file(code)]
 
 
 @pytest.fixture
@@ -259,6 +266,28 @@ def test_examples_run_and_give_the_shapes_that_they_say(path, number, shelf):
     exec(compile(code, f"{path}, example {number}", "exec"), names)
     for name, shape in re.findall(r"^(\w+) = .*# (\([\d, ]+\))", code, re.MULTILINE):
         assert str(tuple(names[name].shape)) == shape
+
+
+def test_the_idea_in_the_readme_is_an_extension_that_trains(tmp_path):
+    """In a process of its own, since names are registered once."""
+    text = (ROOT / "README.md").read_text()
+    (code,) = filter(is_file, blocks(ROOT / "README.md"))
+    config = yaml.safe_load(re.search(r"^```yaml\n(base: .*?extensions: .*?)^```", text, re.MULTILINE | re.DOTALL)[1])
+    (tmp_path / code.split()[1]).write_text(code)
+    program = (
+        "from pixart import PixArt, PixArtConfig, load_extensions\n"
+        "from toy import TINY, tiny_inputs\n"
+        f"load_extensions({config['extensions']})\n"
+        f"model = PixArt(PixArtConfig(**TINY, **{config['model']}))\n"
+        "model(**tiny_inputs(model)).square().mean().backward()\n"
+        "print(type(model.blocks[0].mlp).__name__)\n"
+    )
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**environment(), "PYTHONPATH": path}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["SwiGLU"], done.stderr
 
 
 def test_there_are_examples_of_all_that_python_does():
