@@ -19,7 +19,8 @@ from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.evaluate.retrieval import nearest_pictures
 from pixart.inference.generate import save_samples
-from pixart.inference.pipeline import Pipeline, sample_latents
+from pixart.inference.latents import sample_latents
+from pixart.inference.pipeline import Pipeline
 from pixart.model import PixArtConfig
 from pixart.train.finish import finish
 from pixart.train.loop import train
