@@ -9,6 +9,7 @@ _PLACES = {
     "PixArt": "pixart.model",
     "PixArtConfig": "pixart.model",
     "Pipeline": "pixart.inference.pipeline",
+    "Request": "pixart.inference.request",
     "SampleConfig": "pixart.diffusion.sampling",
     "keep_freed_memory": "pixart.cpu",
     "load_model": "pixart.adapters.load",
@@ -16,8 +17,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "PRESETS", "InputError", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "keep_freed_memory", "load_model",
-    "use_onednn",
+    "PRESETS", "InputError", "PixArt", "PixArtConfig", "Pipeline", "Request", "SampleConfig", "keep_freed_memory",
+    "load_model", "use_onednn",
 ]  # fmt: skip
 
 

@@ -223,8 +223,8 @@ def test_an_image_is_turned_as_its_exif_says_and_what_is_transparent_is_white_sa
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"strength": 0.0}, "strength: got 0.0, expected above 0, up to 1"),
-        ({"strength": 1.5}, "strength: got 1.5, expected above 0, up to 1"),
+        ({"strength": 0.0}, "strength: got 0.0, expected a number above 0, up to 1"),
+        ({"strength": 1.5}, "strength: got 1.5, expected a number above 0, up to 1"),
         ({"strength": "0.5"}, "strength: got '0.5', expected a number"),
         ({"strength": 0.1}, "strength 0.1 of 5 steps leaves none; raise strength or steps"),
         ({"image": None, "strength": 0.5}, "strength without an image"),

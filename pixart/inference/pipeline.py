@@ -20,7 +20,7 @@ from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig, load_aut
 from pixart.encoders.text import TextEncoder, encode_null
 from pixart.errors import InputError
 from pixart.inference.latents import with_null_mode
-from pixart.inference.request import Drawn, ImageSource, Request, make_requests
+from pixart.inference.request import Drawn, ImageSource, Request, check_negative, make_requests
 from pixart.inference.start import count_steps
 from pixart.inference.stream import StreamCallback, Studio
 from pixart.model import PixArt
@@ -161,22 +161,9 @@ class Pipeline:
             {"negative": negatives, "image": image, "latents": latents, "mask": mask}, conditions or {},
             height=height, width=width, aspect_ratio=aspect_ratio, sizes=sizes, strength=strength,
         )  # fmt: skip
-        done = count_steps(requests[0], config, make_schedule(self.card.diffusion))
-        total, results = -(-len(requests) // batch_size) * done, []
-        with tqdm(total=total, desc="sampling", unit="step", disable=progress is not True) as bar:
-
-            def after_step(part: Sequence[int], step: int, x: Tensor, x0: Tensor) -> Tensor | None:
-                bar.update()
-                return None if callback is None else callback(range(part[0], part[-1] + 1), step, x, x0)
-
-            # all are looked at before the first is drawn, and all prompts are encoded at once
-            for drawn in self.stream(
-                requests, config, null=null, batch_size=batch_size, look_ahead=len(requests), truncate=truncate,
-                output=output, callback=after_step,
-            ):  # fmt: skip
-                results.append(drawn.result)
-                if callable(progress) and (len(results) % batch_size == 0 or len(results) == len(requests)):
-                    progress((len(results) - 1) % batch_size + 1)
+        # all are looked at before the first is drawn, and all prompts are encoded at once
+        options = {"null": null, "batch_size": batch_size, "look_ahead": len(requests), "truncate": truncate}
+        results = self._collect(requests, config, callback, progress, output=output, **options)
         return results if output == "image" else torch.stack(results)
 
     def stream(
@@ -215,6 +202,25 @@ class Pipeline:
             null=lambda: self.null_caption(card.text.null),
             batch_size=batch_size, look_ahead=look_ahead or batch_size, output=output, callback=callback, skip=skip,
         ).draw(requests)  # fmt: skip
+
+    def _collect(
+        self, requests: Sequence[Request], config: SampleConfig, callback: StepCallback | None,
+        progress: bool | Callable[[int], None], *, batch_size: int, **options,
+    ) -> list[Image.Image | Tensor]:  # fmt: skip
+        """All that a stream of requests of one kind yields; progress is told batch by batch."""
+        done, results = count_steps(requests[0], config, make_schedule(self.card.diffusion)), []
+        total = -(-len(requests) // batch_size) * done
+        with tqdm(total=total, desc="sampling", unit="step", disable=progress is not True) as bar:
+
+            def after_step(part: Sequence[int], step: int, x: Tensor, x0: Tensor) -> Tensor | None:
+                bar.update()
+                return None if callback is None else callback(range(part[0], part[-1] + 1), step, x, x0)
+
+            for drawn in self.stream(requests, config, batch_size=batch_size, callback=after_step, **options):
+                results.append(drawn.result)
+                if callable(progress) and (len(results) % batch_size == 0 or len(results) == len(requests)):
+                    progress((len(results) - 1) % batch_size + 1)
+        return results
 
     def settings(
         self, config: SampleConfig | None = None, *, steps: int | None = None, guidance: float | None = None,
@@ -332,9 +338,7 @@ def _negatives(
     """A negative prompt for each of `count` prompts, if there are any."""
     if prompts is None:
         return None
-    if null is not None or guidance == 1:
-        other = f"null '{null}'" if null is not None else "guidance 1, which is off,"
-        raise InputError(f"negative_prompts stand in the null caption's place: {other} leaves none for them")
+    check_negative(null, guidance)
     prompts = [prompts] * count if isinstance(prompts, str) else prompts
     if len(prompts) != count:
         raise InputError(f"got {count} prompts and {len(prompts)} negative ones, expected one or as many")

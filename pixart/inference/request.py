@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pixart.errors import InputError
 
+STRENGTH, STRENGTH_WITH_MASK = 0.6, 1.0
 ImageSource = Image.Image | str | Path | Tensor
 
 
@@ -36,6 +37,9 @@ class Request:
         mask: as large as the image, white or 1 where it is drawn anew, black or 0 where its pixels stay as they are;
             grey blends the two. A PIL image, a file, or a tensor (H, W) in [0, 1].
         conditions: what a variant of the network takes besides, of one image each.
+
+    Raises:
+        InputError: these do not fit together, or a strength outside (0, 1]. What is in the files is looked at later.
     """
 
     prompt: str | None = None
@@ -52,6 +56,27 @@ class Request:
     text_embeddings: Tensor | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self):
+        if (self.prompt is None) == (self.text_embeddings is None):
+            raise InputError("prompts and text_embeddings: give one or the other")
+        if self.image is not None and self.latents is not None:
+            raise InputError("image and latents: both are where to start from; give one or the other")
+        for name in ("strength", "mask"):
+            if self.image is None and self.latents is None and getattr(self, name) is not None:
+                raise InputError(f"{name} without an image: there is nothing to start from; give image= or --image too")
+        number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
+        if self.strength is not None and not (number and 0 < self.strength <= 1):
+            raise InputError(f"strength: got {self.strength!r}, expected a number above 0, up to 1")
+
+
+def strength_of(request: Request) -> float | None:
+    """The share of the steps that a request's image is drawn with; None if it starts from nothing."""
+    if request.image is None and request.latents is None:
+        return None
+    if request.strength is None:
+        return STRENGTH if request.mask is None else STRENGTH_WITH_MASK
+    return request.strength
+
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
@@ -67,6 +92,13 @@ class Drawn:
     def result(self) -> Image.Image | Tensor:
         """The one that was asked for."""
         return next(value for value in (self.image, self.pixels, self.latents) if value is not None)
+
+
+def check_negative(null: str | None, guidance: float) -> None:
+    """Refuse a negative prompt where it would have no effect."""
+    if null is not None or guidance == 1:
+        other = f"null '{null}'" if null is not None else "guidance 1, which is off,"
+        raise InputError(f"negative_prompts stand in the null caption's place: {other} leaves none for them")
 
 
 def make_requests(

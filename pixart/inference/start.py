@@ -22,9 +22,8 @@ from pixart.diffusion.schedule import Schedule
 from pixart.encoders.autoencoder import Autoencoder
 from pixart.errors import InputError
 from pixart.inference.latents import Size, Start, choose_size, official_sizes, start_times
-from pixart.inference.request import ImageSource, Request
+from pixart.inference.request import ImageSource, Request, strength_of
 
-STRENGTH, STRENGTH_WITH_MASK = 0.6, 1.0
 KEPT = 4  # images that are not read and encoded anew for every request
 
 
@@ -39,28 +38,11 @@ class Source:
     latents: Tensor | None = None  # (C, h, w), clean and scaled, once it is encoded
 
 
-def strength_of(request: Request) -> float | None:
-    """The share of the steps that a request's image is drawn with; None if it starts from nothing."""
-    if request.image is None and request.latents is None:
-        return None
-    if request.strength is None:
-        return STRENGTH if request.mask is None else STRENGTH_WITH_MASK
-    return request.strength
-
-
 def check_start(request: Request, config: SampleConfig, schedule: Schedule) -> None:
-    """Refuse a start that cannot be by its settings alone: no file is opened."""
+    """Refuse a start that the sampler cannot take; no file is opened."""
     strength = strength_of(request)
-    if strength is None:
-        for name in ("strength", "mask"):
-            if getattr(request, name) is not None:
-                raise InputError(f"{name} without an image: there is nothing to start from; give image= or --image too")
-        return
-    if request.image is not None and request.latents is not None:
-        raise InputError("image and latents: both are where to start from; give one or the other")
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise InputError(f"strength: got {strength!r}, expected a number above 0, up to 1")
-    start_times(config, schedule, strength)
+    if strength is not None:
+        start_times(config, schedule, strength)
 
 
 def count_steps(request: Request, config: SampleConfig, schedule: Schedule) -> int:

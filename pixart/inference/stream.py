@@ -15,8 +15,8 @@ from pixart.diffusion.sampling import SampleConfig
 from pixart.encoders.autoencoder import Autoencoder
 from pixart.errors import InputError
 from pixart.inference.latents import Size, decode, resize_and_crop, sample_latents, to_images
-from pixart.inference.request import Drawn, Request
-from pixart.inference.start import Sources, check_start, put_back, strength_of
+from pixart.inference.request import Drawn, Request, check_negative, strength_of
+from pixart.inference.start import Sources, check_start, put_back
 from pixart.model import PixArt
 
 KEPT_TEXTS = 64  # prompts whose states a stream keeps at least; 5 MB each at most, for T5-XXL's in fp32
@@ -114,12 +114,8 @@ class Studio:
         """
         if not isinstance(request, Request):
             raise InputError(f"stream: got {type(request).__name__}, expected pixart.inference.Request records")
-        if (request.prompt is None) == (request.text_embeddings is None):
-            raise InputError("prompts and text_embeddings: give one or the other")
-        if request.negative is not None and self.config.guidance == 1:
-            raise InputError(
-                "negative_prompts stand in the null caption's place: guidance 1, which is off, leaves none for them"
-            )
+        if request.negative is not None:
+            check_negative(None, self.config.guidance)
         check_start(request, self.config, make_schedule(self.card.diffusion))
         (size, output), _ = sources.read(request)
         return Job(index, request, size, output, self.skip is not None and self.skip(index, request))
@@ -129,15 +125,16 @@ class Studio:
     ) -> Iterator[Drawn]:
         first, given = jobs[0], [sources.read(job.request)[1] for job in jobs]
         indices, device = [job.index for job in jobs], next(self.model.parameters()).device
-        strength, start, options = strength_of(first.request), None, {}
-        if strength is not None:
-            start = sources.start(given, strength, device)
-        if self.callback is not None:
-            options["callback"] = lambda step, x, x0: self.callback(indices, step, x, x0)
+        strength, callback = strength_of(first.request), self.callback
+
+        def after_step(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
+            return None if callback is None else callback(indices, step, x, x0)
+
         latents = sample_latents(
             self.model, self.card, captions, null, [job.request.seed for job in jobs], self.config,
             height=first.size[0] // self.autoencoder.downsample, width=first.size[1] // self.autoencoder.downsample,
-            conditions=_stack(jobs), start=start, **options,
+            conditions=_stack(jobs), callback=after_step,
+            start=None if strength is None else sources.start(given, strength, device),
         )  # fmt: skip
         for job, results in zip(jobs, self._finish(latents, given, first.output), strict=True):
             yield Drawn(job.index, job.request, **results)
