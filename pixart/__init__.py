@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time nothing of torch
     from pixart.errors import InputError
     from pixart.extensions import load_extensions
     from pixart.inference.pipeline import Pipeline
+    from pixart.inference.request import Request
     from pixart.model import PRESETS, PixArt, PixArtConfig
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _PLACES = {
     "PixArt": "pixart.model",
     "PixArtConfig": "pixart.model",
     "Pipeline": "pixart.inference.pipeline",
+    "Request": "pixart.inference.request",
     "SampleConfig": "pixart.diffusion.sampling",
     "export_model": "pixart.checkpoint.save",
     "keep_freed_memory": "pixart.cpu",
@@ -37,8 +39,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "PRESETS", "InputError", "ModelCard", "PixArt", "PixArtConfig", "Pipeline", "SampleConfig", "export_model",
-    "keep_freed_memory", "load_config", "load_extensions", "load_model", "use_onednn", "__version__",
+    "PRESETS", "InputError", "ModelCard", "PixArt", "PixArtConfig", "Pipeline", "Request", "SampleConfig",
+    "export_model", "keep_freed_memory", "load_config", "load_extensions", "load_model", "use_onednn", "__version__",
 ]  # fmt: skip
 
 

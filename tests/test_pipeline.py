@@ -524,8 +524,9 @@ def test_samples_of_several_sizes_stand_in_the_prompts_order(pipeline, tmp_path)
     sizes = [(image.height, image.width) for image in opened]
     assert sizes == [(10, 6)] * 2 + [(8, 8)] * 2 + [(6, 12)] * 2 + [(10, 6)] * 2
     assert [image.text["prompt"] for image in opened] == ["a", "a", "two", "two", "b", "b", "c", "c"]
-    assert opened[3].text == {"prompt": "two", "seed": "4", "sampler": "dpm_solver", "steps": "2", "guidance": "4.5",
-                              "negative_prompt": "blurry"}  # fmt: skip
+    expected = {"prompt": "two", "seed": "4", "sampler": "dpm_solver", "steps": "2", "guidance": "4.5",
+                "negative_prompt": "blurry", "size": "8x8"}  # fmt: skip
+    assert {key: value for key, value in opened[3].text.items() if key not in ("model", "parts")} == expected
     for image, seed in zip(opened, [3, 4] * 4, strict=True):
         size, text = {"height": image.height, "width": image.width}, image.text["prompt"]
         alone = pipeline(text, seed, SampleConfig(steps=2), **size, negative_prompts="blurry")[0]

@@ -19,7 +19,8 @@ from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.evaluate.retrieval import nearest_pictures
 from pixart.inference.generate import save_samples
-from pixart.inference.pipeline import Pipeline, sample_latents
+from pixart.inference.latents import sample_latents
+from pixart.inference.pipeline import Pipeline
 from pixart.model import PixArtConfig
 from pixart.train.finish import finish
 from pixart.train.loop import train
@@ -178,7 +179,9 @@ def test_pngs_carry_their_settings_and_a_contact_sheet_lies_beside_them(model_fo
     assert [image.tobytes() for (image,) in cells] == [Image.open(path).tobytes() for path in paths]
     assert labels == [Image.open(path).text["prompt"] for path in paths]
     info = Image.open(paths[3]).text
-    assert info == {"prompt": "two", "seed": "8", "sampler": "dpm_solver", "steps": "3", "guidance": "2.5"}
+    assert set(info) - {"model", "parts"} == {"prompt", "seed", "sampler", "steps", "guidance", "size"}
+    assert [info[key] for key in ("prompt", "seed", "sampler", "size")] == ["two", "8", "dpm_solver", "8x8"]
+    assert [info[key] for key in ("steps", "guidance")] == ["3", "2.5"]
     assert Image.open(tmp_path / "contact_sheet.png").width > 96
 
 

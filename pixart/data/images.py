@@ -124,12 +124,20 @@ def load_image(picture: Picture, bucket: Bucket, *, crop: tuple[float, float] = 
     """
     with open_image(picture) as image:
         image = to_rgb(ImageOps.exif_transpose(image))
-    scale = max(bucket.height / image.height, bucket.width / image.width)
-    size = max(round(image.width * scale), bucket.width), max(round(image.height * scale), bucket.height)
+    return np.asarray(cover_and_crop(image, bucket.height, bucket.width, crop=crop))
+
+
+def cover_and_crop(
+    image: Image.Image, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5),
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:  # fmt: skip
+    """An image resized to cover height × width, and cropped to it; `crop` as `load_image`'s."""
+    scale = max(height / image.height, width / image.width)
+    size = max(round(image.width * scale), width), max(round(image.height * scale), height)
     if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    top, left = round((size[1] - bucket.height) * crop[0]), round((size[0] - bucket.width) * crop[1])
-    return np.asarray(image.crop((left, top, left + bucket.width, top + bucket.height)))
+        image = image.resize(size, resample)
+    top, left = round((size[1] - height) * crop[0]), round((size[0] - width) * crop[1])
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -52,9 +52,7 @@ def begin(
     Raises:
         InputError: the sampler cannot start midway, or the strength leaves no step.
     """
-    if not SAMPLERS[config.sampler].midway:
-        raise InputError(f"sampler '{config.sampler}' is for one step from noise and cannot start from an image")
-    times = last_steps(visited_times(config, schedule), start.strength)
+    times = start_times(config, schedule, start.strength)
     clean = start.latents.to(noise)
 
     def noised(t: float) -> Tensor:
@@ -72,6 +70,17 @@ def begin(
         return x if changed is None else changed
 
     return x, times, keep
+
+
+def start_times(config: SampleConfig, schedule: Schedule, strength: float) -> list[float]:
+    """The times that a resolved config's sampler visits from an image: the last int(steps · strength) of all.
+
+    Raises:
+        InputError: as `begin`.
+    """
+    if not SAMPLERS[config.sampler].midway:
+        raise InputError(f"sampler '{config.sampler}' is for one step from noise and cannot start from an image")
+    return last_steps(visited_times(config, schedule), strength)
 
 
 @torch.no_grad()

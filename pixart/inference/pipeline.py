@@ -21,16 +21,11 @@ from pixart.diffusion.sampling import SampleConfig, resolve
 from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from pixart.encoders.text import TextEncoder, encode_null
 from pixart.errors import InputError
-from pixart.inference.latents import (
-    Size,
-    choose_size,
-    decode,
-    resize_and_crop,
-    sample_latents,
-    to_images,
-    with_null_mode,
-)  # fmt: skip
+from pixart.inference.latents import with_null_mode
+from pixart.inference.request import Drawn, ImageSource, Request, check_negative, make_requests
 from pixart.inference.results import Images, describe
+from pixart.inference.start import count_steps
+from pixart.inference.stream import StreamCallback, Studio
 from pixart.model import PixArt
 
 Embeddings = tuple[Tensor, Tensor]  # states (B, L, C) and mask (B, L), 1 = a token; what `TextEncoder.encode` returns
@@ -174,12 +169,14 @@ class Pipeline:
         text_embeddings: Embeddings | None = None, batch_size: int = 16, truncate: bool = False,
         output: Literal["image", "latent", "pixels"] = "image", callback: StepCallback | None = None,
         progress: bool | Callable[[int], None] = False, conditions: Mapping[str, Tensor] | None = None,
+        image: ImageSource | Sequence[ImageSource] | None = None, latents: Tensor | None = None,
+        strength: float | None = None, mask: ImageSource | Sequence[ImageSource] | None = None,
     ) -> list[Image.Image] | Tensor:  # fmt: skip
-        """Draw `images_per_prompt` pictures of each prompt, those of a prompt side by side.
+        """Draw `images_per_prompt` images of each prompt, those of a prompt side by side.
 
         Args:
             prompts: None with `text_embeddings`, the states and mask of prompts encoded before.
-            seeds: one for each picture, or that of each prompt's first picture, whose next ones have the next.
+            seeds: one for each image, or that of each prompt's first image, whose next ones have the next.
             config: the model's recommendation by default.
             steps, guidance, sampler: in place of those of `config`.
             height, width: in pixels; the model's native size where not given.
@@ -188,13 +185,17 @@ class Pipeline:
                 was asked for; "exact" generates that.
             negative_prompts: one for all, or one for each prompt; in the null caption's place, under their own mask.
             null: another of the three null captions (see `encode_null`) than the model's card says.
-            batch_size: pictures at a time; changes no picture.
+            batch_size: images at a time; changes no image.
             truncate: cut prompts that are longer than the model's text length, rather than refuse them.
             output: "pixels" are (B, 3, H, W) in [-1, 1], not clipped; "latent" scaled latents, as generated.
             callback: called after each step of each batch with a range, which images of all; the number of the step
-                just done, from 0; and the latents after it (B, C, h, w), on the device.
+                just done, from 0; the latents after it and the clean ones that its prediction implied, both
+                (B, C, h, w), on the device. A tensor that it returns takes the latents' place.
             progress: True shows a bar of steps; a function is called with the number of images just done.
             conditions: what a variant of the network takes besides, (n, …) each for all n images.
+            image: where to start from in place of noise, one for all or one for each prompt: `strength` of the way
+                back to noise, and with a `mask` only where it is white. See `Request` for these and their defaults.
+            latents: clean scaled latents (1 or one for each prompt, C, h, w), in place of an image.
 
         Returns:
             with output "image" a list of them, prompt by prompt; else a tensor on the model's device, as `output` says.
@@ -203,26 +204,79 @@ class Pipeline:
             InputError: an argument is of another type, names nothing that there is, or does not fit the others or the
                 model; a prompt is too long. All but the last before any work.
         """
-        # all that can be refused is refused before the text encoder's work
         _check_counts(output, images_per_prompt, batch_size)
         config = self.settings(config, steps=steps, guidance=guidance, sampler=sampler)
-        card = with_null_mode(self.card, null)
-        size = choose_size(card, height=height, width=width, aspect_ratio=aspect_ratio, sizes=sizes)
         if (prompts is None) == (text_embeddings is None):
             raise InputError("prompts and text_embeddings: give one or the other")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         count = len(text_embeddings[0] if prompts is None else prompts)
         seeds = _one_each(seeds, count, images_per_prompt)
         negatives = _negatives(negative_prompts, count, null, config.guidance)
+        requests = make_requests(
+            prompts, None if prompts is not None else self._given(text_embeddings), seeds, images_per_prompt,
+            {"negative": negatives, "image": image, "latents": latents, "mask": mask}, conditions or {},
+            height=height, width=width, aspect_ratio=aspect_ratio, sizes=sizes, strength=strength,
+        )  # fmt: skip
+        # all are looked at before the first is drawn, and all prompts are encoded at once
+        options = {"null": null, "batch_size": batch_size, "look_ahead": len(requests), "truncate": truncate}
+        results = self._collect(requests, config, callback, progress, output=output, **options)
+        return Images(results) if output == "image" else torch.stack(results)
 
-        captions = self._given(text_embeddings) if prompts is None else self._encode(prompts, truncate, batch_size)
-        if negatives is not None:
-            nulls = self._encode(negatives, truncate, batch_size)
-        else:
-            nulls = None if config.guidance == 1 else self.null_caption(card.text.null)
-        return self._draw(
-            card, captions, nulls, seeds, config, size, batch_size, output, callback, progress, conditions or {}
-        )
+    def stream(
+        self, requests: Iterable[Request], config: SampleConfig | None = None, *, steps: int | None = None,
+        guidance: float | None = None, sampler: str | None = None,
+        null: Literal["buffer", "empty", "empty_own_mask"] | None = None, batch_size: int = 16,
+        look_ahead: int | None = None, truncate: bool = False, output: Literal["image", "latent", "pixels"] = "image",
+        callback: StreamCallback | None = None, skip: Callable[[int, Request], bool] | None = None,
+    ) -> Iterator[Drawn]:  # fmt: skip
+        """Draw requests as they come, in their order; memory does not grow with their number.
+
+        Requests that follow each other and fit together (in size, start, negative prompt or none) are drawn as one
+        batch: as many as `look_ahead` are read before the first of them is drawn.
+
+        Args:
+            requests: read as they are needed.
+            config, steps, guidance, sampler, null, truncate, output: as of a call.
+            batch_size: images at a time; changes no image.
+            look_ahead: requests that are read, checked and have their prompts encoded at once; `batch_size` by
+                default. More of them spare a text encoder that is offloaded some of its ways.
+            callback: called after each step of each batch, with the indices of its requests.
+            skip: called with index and request; those it is true for are not drawn, but keep their place in the
+                batches, so that the others' images are the same bit for bit.
+
+        Raises:
+            InputError: a setting cannot be, at once; a request cannot be drawn, before any of its look-ahead is.
+        """
+        _check_counts(output, 1, batch_size)
+        if look_ahead is not None and look_ahead < 1:
+            raise InputError(f"look_ahead: got {look_ahead}, expected at least 1")
+        config = self.settings(config, steps=steps, guidance=guidance, sampler=sampler)
+        card = with_null_mode(self.card, null)
+        return Studio(
+            self.model, card, self.autoencoder, config,
+            encode=lambda texts: self._encode(texts, truncate, batch_size),
+            null=lambda: self.null_caption(card.text.null),
+            batch_size=batch_size, look_ahead=look_ahead or batch_size, output=output, callback=callback, skip=skip,
+        ).draw(requests)  # fmt: skip
+
+    def _collect(
+        self, requests: Sequence[Request], config: SampleConfig, callback: StepCallback | None,
+        progress: bool | Callable[[int], None], *, batch_size: int, **options,
+    ) -> list[Image.Image | Tensor]:  # fmt: skip
+        """All that a stream of requests of one kind yields; progress is told batch by batch."""
+        done, results = count_steps(requests[0], config, make_schedule(self.card.diffusion)), []
+        total = -(-len(requests) // batch_size) * done
+        with tqdm(total=total, desc="sampling", unit="step", disable=progress is not True) as bar:
+
+            def after_step(part: Sequence[int], step: int, x: Tensor, x0: Tensor) -> Tensor | None:
+                bar.update()
+                return None if callback is None else callback(range(part[0], part[-1] + 1), step, x, x0)
+
+            for drawn in self.stream(requests, config, batch_size=batch_size, callback=after_step, **options):
+                results.append(drawn.result)
+                if callable(progress) and (len(results) % batch_size == 0 or len(results) == len(requests)):
+                    progress((len(results) - 1) % batch_size + 1)
+        return results
 
     def settings(
         self, config: SampleConfig | None = None, *, steps: int | None = None, guidance: float | None = None,
@@ -292,50 +346,6 @@ class Pipeline:
             )
         return _real_tokens(states, mask)
 
-    def _draw(
-        self, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None, seeds: list[int],
-        config: SampleConfig, size: tuple[Size, Size], batch_size: int, output: str, callback: StepCallback | None,
-        progress: bool | Callable[[int], None], conditions: Mapping[str, Tensor],
-    ) -> list[Image.Image] | Tensor:  # fmt: skip
-        """Pictures in batches: as many of each caption, side by side, as there are seeds for it."""
-        each = len(seeds) // len(captions)
-        captions = [caption for caption in captions for _ in range(each)]
-        if isinstance(nulls, list):
-            nulls = [caption for caption in nulls for _ in range(each)]
-        batches = [range(i, min(i + batch_size, len(seeds))) for i in range(0, len(seeds), batch_size)]
-        results: list = []
-        with tqdm(total=len(batches) * config.steps, desc="sampling", unit="step", disable=progress is not True) as bar:
-            for part in batches:
-                latents = self._sample(part, card, captions, nulls, seeds, config, size[0], callback, bar, conditions)
-                results += self._finish(latents, size[1], output)
-                if callable(progress):
-                    progress(len(part))
-        return Images(results) if output == "image" else torch.stack(results)
-
-    def _sample(
-        self, part: range, card: ModelCard, captions: list[Tensor], nulls: list[Tensor] | Tensor | None,
-        seeds: list[int], config: SampleConfig, size: Size, callback: StepCallback | None, bar: tqdm,
-        conditions: Mapping[str, Tensor],
-    ) -> Tensor:  # fmt: skip
-        """One batch, the pictures `part` of all."""
-
-        def after_step(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
-            bar.update()
-            return None if callback is None else callback(part, step, x, x0)
-
-        rows = slice(part.start, part.stop)
-        return sample_latents(
-            self.model, card, captions[rows], nulls[rows] if isinstance(nulls, list) else nulls, seeds[rows], config,
-            height=size[0] // self.autoencoder.downsample, width=size[1] // self.autoencoder.downsample,
-            callback=after_step, conditions={name: value[rows] for name, value in conditions.items()},
-        )  # fmt: skip
-
-    def _finish(self, latents: Tensor, size: Size, output: str) -> Tensor | list[Image.Image]:
-        if output == "latent":
-            return latents
-        pixels = resize_and_crop(decode(self.autoencoder, latents), size)
-        return pixels if output == "pixels" else to_images(pixels)
-
 
 def fetch_parts(source: str | Path, revision: str | None, *, text: bool, vae: bool) -> None:
     """Download what a pipeline on the Hub has beside its transformer, so that it is found there."""
@@ -384,9 +394,7 @@ def _negatives(
     """A negative prompt for each of `count` prompts, if there are any."""
     if prompts is None:
         return None
-    if null is not None or guidance == 1:
-        other = f"null '{null}'" if null is not None else "guidance 1, which is off,"
-        raise InputError(f"negative_prompts stand in the null caption's place: {other} leaves none for them")
+    check_negative(null, guidance)
     prompts = [prompts] * count if isinstance(prompts, str) else prompts
     if len(prompts) != count:
         raise InputError(f"got {count} prompts and {len(prompts)} negative ones, expected one or as many")

@@ -1,0 +1,168 @@
+"""Requests → images, in batches, as they come: memory grows with the look-ahead, not with their number."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixart.checkpoint import ModelCard
+from pixart.diffusion import make_schedule
+from pixart.diffusion.sampling import SampleConfig
+from pixart.encoders.autoencoder import Autoencoder
+from pixart.errors import InputError
+from pixart.inference.latents import Size, decode, resize_and_crop, sample_latents, to_images
+from pixart.inference.request import Drawn, Request, check_negative, strength_of
+from pixart.inference.start import Sources, check_start, put_back
+from pixart.model import PixArt
+
+KEPT_TEXTS = 64  # prompts whose states a stream keeps at least; 5 MB each at most, for T5-XXL's in fp32
+# indices of the requests, the step just done (from 0), latents after it, the clean ones that its prediction implied; a
+# tensor returned goes on in the latents' place
+StreamCallback = Callable[[Sequence[int], int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request in its place in the stream."""
+
+    index: int
+    request: Request
+    size: Size  # to generate in
+    output: Size  # to hand out
+    skipped: bool
+
+    @property
+    def kind(self) -> tuple:
+        """What requests of one batch have in common."""
+        request = self.request
+        conditions = tuple((name, value.shape) for name, value in sorted(request.conditions.items()))
+        start = strength_of(request), request.mask is None
+        return self.size, self.output, start, request.negative is None, conditions
+
+
+class Texts:
+    """Prompts' states, the last ones kept: equal prompts are encoded once."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], list[Tensor]]):
+        self.encode = encode
+        self._states: OrderedDict[str, Tensor] = OrderedDict()
+
+    def load(self, texts: Iterable[str]) -> None:
+        """Encode those of `texts` that are not there, and forget the oldest of the others."""
+        texts = list(dict.fromkeys(texts))
+        missing = [text for text in texts if text not in self._states]
+        self._states.update(zip(missing, self.encode(missing) if missing else [], strict=True))
+        for text in texts:
+            self._states.move_to_end(text)
+        while len(self._states) > max(KEPT_TEXTS, len(texts)):
+            self._states.popitem(last=False)
+
+    def __getitem__(self, text: str) -> Tensor:
+        return self._states[text]
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A pipeline's parts and one stream's settings."""
+
+    model: PixArt
+    card: ModelCard
+    autoencoder: Autoencoder
+    config: SampleConfig  # resolved
+    encode: Callable[[Sequence[str]], list[Tensor]]  # prompts → states (L_i, C) of their real tokens
+    null: Callable[[], Tensor | None]  # the null caption, as `encode_null`
+    batch_size: int
+    look_ahead: int
+    output: str
+    callback: StreamCallback | None
+    skip: Callable[[int, Request], bool] | None
+
+    def draw(self, requests: Iterable[Request]) -> Iterator[Drawn]:
+        """Images in the requests' order. All of a look-ahead is checked before any of it is encoded or drawn."""
+        prompts, negatives = Texts(self.encode), Texts(self.encode)
+        sources, numbered = Sources(self.card, self.autoencoder), enumerate(requests)
+        while window := [self.plan(i, request, sources) for i, request in islice(numbered, self.look_ahead)]:
+            if all(job.skipped for job in window):
+                continue
+            given = [job.request for job in window]
+            null = None
+            if self.config.guidance != 1 and any(request.negative is None for request in given):
+                null = self.null()
+            prompts.load(request.prompt for request in given if request.prompt is not None)
+            negatives.load(request.negative for request in given if request.negative is not None)
+            for batch in group(window, self.batch_size):
+                jobs = [job for job in batch if not job.skipped]
+                if jobs:
+                    captions = [
+                        prompts[r.prompt] if r.text_embeddings is None else r.text_embeddings
+                        for r in (job.request for job in jobs)
+                    ]
+                    away = null
+                    if jobs[0].request.negative is not None:
+                        away = [negatives[job.request.negative] for job in jobs]
+                    yield from self._draw_batch(jobs, captions, away, sources)
+
+    def plan(self, index: int, request: Request, sources: Sources) -> Job:
+        """A request that can be drawn, and in which size.
+
+        Raises:
+            InputError: it cannot be.
+        """
+        if not isinstance(request, Request):
+            raise InputError(f"stream: got {type(request).__name__}, expected pixart.inference.Request records")
+        if request.negative is not None:
+            check_negative(None, self.config.guidance)
+        check_start(request, self.config, make_schedule(self.card.diffusion))
+        (size, output), _ = sources.read(request)
+        return Job(index, request, size, output, self.skip is not None and self.skip(index, request))
+
+    def _draw_batch(
+        self, jobs: list[Job], captions: list[Tensor], null: list[Tensor] | Tensor | None, sources: Sources
+    ) -> Iterator[Drawn]:
+        first, given = jobs[0], [sources.read(job.request)[1] for job in jobs]
+        indices, device = [job.index for job in jobs], next(self.model.parameters()).device
+        strength, callback = strength_of(first.request), self.callback
+
+        def after_step(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
+            return None if callback is None else callback(indices, step, x, x0)
+
+        latents = sample_latents(
+            self.model, self.card, captions, null, [job.request.seed for job in jobs], self.config,
+            height=first.size[0] // self.autoencoder.downsample, width=first.size[1] // self.autoencoder.downsample,
+            conditions=_stack(jobs), callback=after_step,
+            start=None if strength is None else sources.start(given, strength, device),
+        )  # fmt: skip
+        for job, results in zip(jobs, self._finish(latents, given, first.output), strict=True):
+            yield Drawn(job.index, job.request, **results)
+
+    def _finish(self, latents: Tensor, sources: Sequence[Any], size: Size) -> Iterator[Mapping[str, Any]]:
+        if self.output == "latent":
+            return ({"latents": row} for row in latents)
+        pixels = decode(self.autoencoder, latents)
+        if sources[0] is not None:
+            pixels = put_back(sources, pixels)
+        pixels = resize_and_crop(pixels, size)
+        if self.output == "pixels":
+            return ({"pixels": row} for row in pixels)
+        return ({"image": image} for image in to_images(pixels))
+
+
+def group(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+    """Jobs that follow each other and fit together, `batch_size` at most at a time."""
+    batch: list[Job] = []
+    for job in jobs:
+        if batch and (len(batch) == batch_size or job.kind != batch[0].kind):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def _stack(jobs: Sequence[Job]) -> dict[str, Tensor]:
+    names = jobs[0].request.conditions
+    return {name: torch.stack([job.request.conditions[name] for job in jobs]) for name in names}
