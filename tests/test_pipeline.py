@@ -604,6 +604,13 @@ def test_the_command_draws_from_a_released_pipeline(released, tmp_path, monkeypa
         (["two", "--vae", "/nowhere"], "is a model of pixels, it takes no vae"),
         (["two", "--negative", "a", "--null", "empty"], "leaves none for them"),
         (["two", "--set", "sampler=lcm", "guidance=3"], "guidance in their weights"),
+        (["two", "--strength", "0.5"], "strength without an image"),
+        (["two", "--mask", "/nowhere.png"], "mask without an image"),
+        (["two", "--model", "/nowhere", "--image", "x.png", "--strength", "2"], "strength: got 2.0, expected a number"),
+        (["two", "--image", "/nowhere.png"], "image /nowhere.png: cannot be read as an image (No such file"),
+        (["two", "--image", "/nowhere.png", "--set", "sampler=dmd", "steps=1"], "cannot start from an image"),
+        (["two", "--image", "/nowhere.png", "--strength", "0.1"], "leaves none; raise strength or steps"),
+        (["two", "--rank", "2", "--ranks", "2"], "rank: got 2 of 2"),
         (["two", "--quantize-text", "4bit"], "pip install 'pixart[quantize]'"),
     ],
 )
@@ -615,6 +622,25 @@ def test_wrong_commands_get_one_line(model_folder, arguments, message, capsys, m
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_starts_from_an_image_and_keeps_what_the_mask_keeps(model_folder, tmp_path, monkeypatch):
+    image, mask = Image.new("RGB", (10, 6), "orange"), Image.new("L", (10, 6))
+    mask.paste(255, (0, 0, 4, 6))
+    image.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.png")
+    code = run_sample(
+        monkeypatch, "two", "--model", model_folder, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png",
+        "--strength", "0.7", "--set", "spacing=trailing", "steps=4", "--out", tmp_path / "out", "--no-onednn",
+    )  # fmt: skip
+    assert not code
+    drawn = Image.open(tmp_path / "out" / "000_two_seed0.png")
+    assert (drawn.text["strength"], drawn.text["spacing"], drawn.text["size"]) == ("0.7", "trailing", "6x10")
+    assert drawn.crop((4, 0, 10, 6)).tobytes() == image.crop((4, 0, 10, 6)).tobytes()
+    expected = Pipeline.from_pretrained(model_folder)(
+        "two", 0, SampleConfig(steps=4, spacing="trailing"), image=image, mask=mask, strength=0.7
+    )[0]  # fmt: skip
+    assert drawn.tobytes() == expected.tobytes()
 
 
 # ------------------------------------------------------------------------------------------- 8 and 4 bits

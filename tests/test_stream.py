@@ -84,7 +84,7 @@ def test_a_stream_costs_the_network_what_a_batch_costs(pipeline, calls):
 def test_requests_that_follow_each_other_and_fit_together_are_one_batch(pipeline):
     image, seen = Image.new("RGB", (8, 8), "red"), []
     requests = [
-        Request("a"), Request("b"), Request("c", height=10), Request("d", negative="x"), Request("e", negative="y"),
+        Request("a"), Request("b"), Request("d", negative="x"), Request("e", negative="y"), Request("c", height=10),
         Request("f", image=image), Request("g", image=image.copy(), strength=0.6),
         Request("h", image=image, strength=1), Request("i", image=image, mask=Image.new("L", (8, 8), 255)),
         Request("j"),
@@ -94,9 +94,9 @@ def test_requests_that_follow_each_other_and_fit_together_are_one_batch(pipeline
     drawn = list(pipeline.stream(
         requests, FAST, output="latent", callback=lambda part, step, x, x0: seen.append((list(part), step))
     ))  # fmt: skip
-    batches = [[0, 1], [2], [3, 4], [5, 6], [7], [8], [9, 10]]
+    batches = [[0, 1], [2, 3], [4], [5, 6], [7], [8], [9, 10]]
     assert seen == [(part, step) for part in batches for step in range(1 if part == [5, 6] else 2)]
-    for i, negative in ((3, "x"), (4, "y")):
+    for i, negative in ((2, "x"), (3, "y")):
         expected = pipeline(requests[i].prompt, 0, FAST, negative_prompts=negative, output="latent")
         assert relative(drawn[i].latents, expected[0]) <= 1e-5
     assert relative(drawn[10].latents, pipeline("k", 0, FAST, output="latent")[0]) <= 1e-5
@@ -130,6 +130,7 @@ def test_what_is_skipped_keeps_its_place_and_changes_no_other_images_bits(pipeli
         (lambda: Request("a", strength=0.5), "strength without an image"),
         (lambda: "a", "got str, expected pixart.inference.Request records"),
         (lambda: Request("a", height=9), "multiples of 2"),
+        (lambda: Request(text_embeddings=torch.zeros(1, 5, 16)), r"got \(1, 5, 16\), expected \(L, 16\)"),
         (lambda: Request("a", image="/nowhere.png"), "cannot be read as an image"),
     ],
 )
@@ -163,6 +164,9 @@ def test_ten_thousand_requests_take_no_more_memory_than_a_thousand(pipeline, mon
             levels.append(resident())
     assert drawn.index == 9999
     assert levels[1] - levels[0] < 20e6  # 9,000 of them are 200 MB
+    requests = (Request("a", image=Image.new("RGB", (64, 64))) for i in range(2000))
+    levels = [resident() for drawn in pipeline.stream(requests, SampleConfig("lcm")) if drawn.index in (100, 1999)]
+    assert levels[1] - levels[0] < 20e6  # 1,900 images to start from are 90 MB
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
@@ -177,6 +181,18 @@ def test_the_same_call_again_draws_and_writes_nothing(pipeline, tmp_path, calls)
     assert files(tmp_path) == before and not calls
     assert said[0] == f"6 images drawn, 0 there already, in {tmp_path}; contact_sheet.png shows them"
     assert said[1] == f"0 images drawn, 6 there already, in {tmp_path}; contact_sheet.png shows them"
+
+
+def test_of_equal_images_the_one_that_is_missing_is_drawn(pipeline, tmp_path):
+    prompts = ["a cat", "a cat", "two", "a cat"]
+    before = save_samples(pipeline, prompts, tmp_path, FAST)
+    for gone in ([0], [1, 2], [3]):
+        kept = files(tmp_path)
+        for i in gone:
+            before[i].unlink()
+            kept.pop(before[i].name)
+        assert save_samples(pipeline, prompts, tmp_path, FAST) == before
+        assert kept.items() <= files(tmp_path).items()
 
 
 @pytest.mark.parametrize("other", [

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--no-onednn", dest="onednn", action="store_false", help=cli.NO_ONEDNN)
     a = parser.parse_args()
     prompts = a.prompts + (cli.read_prompts(a.prompt_file) if a.prompt_file else [])
+    rank, ranks = cli.find_rank(a.rank, a.ranks)
     Request("", image=a.image, strength=a.strength, mask=a.mask)  # refuses what cannot be before anything is loaded
     told, settings = cli.split_settings(a.set, PixArtConfig.__dataclass_fields__)
     pipeline = Pipeline.from_pretrained(
@@ -56,7 +57,6 @@ def main() -> None:
         offload_text=a.low_memory and not a.quantize_text, extensions=a.extension)  # fmt: skip
     if a.onednn:
         use_onednn(pipeline.model)
-    rank, ranks = cli.find_rank(a.rank, a.ranks)
     save_samples(
         pipeline, prompts, a.out, override(pipeline.card.sample, settings), seed=a.seed, count=a.count, progress=True,
         height=a.height, width=a.width, sizes=a.sizes, negative_prompt=a.negative, null=a.null, truncate=a.truncate,

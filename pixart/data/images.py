@@ -128,14 +128,13 @@ def load_image(picture: Picture, bucket: Bucket, *, crop: tuple[float, float] = 
 
 
 def cover_and_crop(
-    image: Image.Image, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5),
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> Image.Image:  # fmt: skip
+    image: Image.Image, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5)
+) -> Image.Image:
     """An image resized to cover height × width, and cropped to it; `crop` as `load_image`'s."""
     scale = max(height / image.height, width / image.width)
     size = max(round(image.width * scale), width), max(round(image.height * scale), height)
     if size != image.size:
-        image = image.resize(size, resample)
+        image = image.resize(size, Image.Resampling.BICUBIC)
     top, left = round((size[1] - height) * crop[0]), round((size[0] - width) * crop[1])
     return image.crop((left, top, left + width, top + height))
 

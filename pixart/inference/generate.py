@@ -97,12 +97,7 @@ def save_samples(
         with _writing(files.path), _one_at_a_time(files.path, ranks):
             sheet = _write_sheet(files.path, orders, there)
     if say is not None:
-        shown = f"; {sheet.name} shows them" if sheet is not None else ""
-        if len(orders) > SHEET:
-            shown = f"; no contact sheet of more than {SHEET}"
-        who = f"process {rank} of {ranks}: " if ranks > 1 else ""
-        plural = "s" * (len(missing) != 1)
-        say(f"{who}{len(missing)} image{plural} drawn, {len(mine) - len(missing)} there already, in {folder}{shown}")
+        say(_summary(len(missing), len(mine) - len(missing), len(orders), files.path, sheet, rank, ranks))
     return [there[i] for i in sorted(mine)]
 
 
@@ -167,6 +162,14 @@ def _write_sheet(folder: Path, orders: Sequence[Order], there: Sequence[Path | N
             small = image.width > side
             cells.append([image.resize((side, round(image.height * side / image.width))) if small else image.copy()])
     return files.write("contact_sheet", contact_sheet(cells, [order.request.prompt for order in orders]), record)
+
+
+def _summary(drawn: int, kept: int, total: int, folder: Path, sheet: Path | None, rank: int, ranks: int) -> str:
+    who = f"process {rank} of {ranks}: " if ranks > 1 else ""
+    shown = f"; {sheet.name} shows them" if sheet is not None else ""
+    if total > SHEET:
+        shown = f"; no contact sheet of more than {SHEET}"
+    return f"{who}{drawn} image{'s' * (drawn != 1)} drawn, {kept} there already, in {folder}{shown}"
 
 
 @contextmanager

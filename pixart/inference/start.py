@@ -184,11 +184,8 @@ def _fit(given: Image.Image | Tensor | None, own: Size, size: Size, name: str) -
         if own != size:
             raise InputError(f"{name}: a tensor of {_name(own)} is not resized to {_name(size)}; give a PIL image")
         return given
-    mask = given.mode == "L"
-    # bicubic overshoots, which makes grey of a mask's black
-    resample = Image.Resampling.BILINEAR if mask else Image.Resampling.BICUBIC
-    array = torch.from_numpy(np.array(cover_and_crop(given, *size, resample=resample)))
-    return array[None].float() / 255 if mask else array.permute(2, 0, 1).float() / 127.5 - 1
+    array = torch.from_numpy(np.array(cover_and_crop(given, *size)))
+    return array[None].float() / 255 if given.mode == "L" else array.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _check_latents(latents: Tensor, card: ModelCard) -> Tensor:

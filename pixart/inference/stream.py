@@ -116,6 +116,9 @@ class Studio:
             raise InputError(f"stream: got {type(request).__name__}, expected pixart.inference.Request records")
         if request.negative is not None:
             check_negative(None, self.config.guidance)
+        states, channels = request.text_embeddings, self.card.model.caption_channels
+        if states is not None and (states.ndim != 2 or states.shape[1] != channels):
+            raise InputError(f"text_embeddings: got {tuple(states.shape)}, expected (L, {channels}) for each image")
         check_start(request, self.config, make_schedule(self.card.diffusion))
         (size, output), _ = sources.read(request)
         return Job(index, request, size, output, self.skip is not None and self.skip(index, request))
