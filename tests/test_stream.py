@@ -128,7 +128,7 @@ def test_what_is_skipped_keeps_its_place_and_changes_no_other_images_bits(pipeli
     [
         (lambda: Request(), "give one or the other"),
         (lambda: Request("a", strength=0.5), "strength without an image"),
-        (lambda: "a", "got str, expected pixart.inference.Request records"),
+        (lambda: "a", "got str, expected pixart.Request records"),
         (lambda: Request("a", height=9), "multiples of 2"),
         (lambda: Request(text_embeddings=torch.zeros(1, 5, 16)), r"got \(1, 5, 16\), expected \(L, 16\)"),
         (lambda: Request("a", image="/nowhere.png"), "cannot be read as an image"),

@@ -95,16 +95,8 @@ class Studio:
             prompts.load(request.prompt for request in given if request.prompt is not None)
             negatives.load(request.negative for request in given if request.negative is not None)
             for batch in group(window, self.batch_size):
-                jobs = [job for job in batch if not job.skipped]
-                if jobs:
-                    captions = [
-                        prompts[r.prompt] if r.text_embeddings is None else r.text_embeddings
-                        for r in (job.request for job in jobs)
-                    ]
-                    away = null
-                    if jobs[0].request.negative is not None:
-                        away = [negatives[job.request.negative] for job in jobs]
-                    yield from self._draw_batch(jobs, captions, away, sources)
+                if jobs := [job for job in batch if not job.skipped]:
+                    yield from self._draw_batch(jobs, prompts, negatives, null, sources)
 
     def plan(self, index: int, request: Request, sources: Sources) -> Job:
         """A request that can be drawn, and in which size.
@@ -113,7 +105,7 @@ class Studio:
             InputError: it cannot be.
         """
         if not isinstance(request, Request):
-            raise InputError(f"stream: got {type(request).__name__}, expected pixart.inference.Request records")
+            raise InputError(f"stream: got {type(request).__name__}, expected pixart.Request records")
         if request.negative is not None:
             check_negative(None, self.config.guidance)
         states, channels = request.text_embeddings, self.card.model.caption_channels
@@ -124,19 +116,21 @@ class Studio:
         return Job(index, request, size, output, self.skip is not None and self.skip(index, request))
 
     def _draw_batch(
-        self, jobs: list[Job], captions: list[Tensor], null: list[Tensor] | Tensor | None, sources: Sources
+        self, jobs: list[Job], prompts: Texts, negatives: Texts, null: Tensor | None, sources: Sources
     ) -> Iterator[Drawn]:
-        first, given = jobs[0], [sources.read(job.request)[1] for job in jobs]
-        indices, device = [job.index for job in jobs], next(self.model.parameters()).device
+        first, requests, indices = jobs[0], [job.request for job in jobs], [job.index for job in jobs]
+        captions = [prompts[r.prompt] if r.text_embeddings is None else r.text_embeddings for r in requests]
+        away = null if first.request.negative is None else [negatives[r.negative] for r in requests]
+        given, device = [sources.read(r)[1] for r in requests], next(self.model.parameters()).device
         strength, callback = strength_of(first.request), self.callback
 
         def after_step(step: int, x: Tensor, x0: Tensor) -> Tensor | None:
             return None if callback is None else callback(indices, step, x, x0)
 
         latents = sample_latents(
-            self.model, self.card, captions, null, [job.request.seed for job in jobs], self.config,
+            self.model, self.card, captions, away, [r.seed for r in requests], self.config,
             height=first.size[0] // self.autoencoder.downsample, width=first.size[1] // self.autoencoder.downsample,
-            conditions=_stack(jobs), callback=after_step,
+            conditions=_stack(requests), callback=after_step,
             start=None if strength is None else sources.start(given, strength, device),
         )  # fmt: skip
         for job, results in zip(jobs, self._finish(latents, given, first.output), strict=True):
@@ -166,6 +160,5 @@ def group(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
         yield batch
 
 
-def _stack(jobs: Sequence[Job]) -> dict[str, Tensor]:
-    names = jobs[0].request.conditions
-    return {name: torch.stack([job.request.conditions[name] for job in jobs]) for name in names}
+def _stack(requests: Sequence[Request]) -> dict[str, Tensor]:
+    return {name: torch.stack([r.conditions[name] for r in requests]) for name in requests[0].conditions}
