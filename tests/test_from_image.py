@@ -233,7 +233,7 @@ def test_an_image_is_turned_as_its_exif_says_and_what_is_transparent_is_white_sa
         ({"mask": torch.full((8, 8), 2.0)}, "mask: got values from 2 to 2, expected 0 to 1"),
         ({"image": "FILE"}, "FILE: cannot be read as an image"),
         ({"image": "/nowhere.png"}, r"image /nowhere.png: cannot be read as an image \(No such file"),
-        ({"image": 3}, "image: got int, expected a PIL image, a file or a tensor"),
+        ({"image": 3}, "image: got 3, expected Image, str, Path, Tensor"),
         ({"image": torch.zeros(8, 8)}, r"image: got a tensor of shape \(8, 8\) and float32, expected pixels"),
         ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "and uint8, expected pixels"),
         ({"image": torch.zeros(3, 8, 10), "height": 8}, "a tensor of 8 × 10 px is not resized to 8 × 8 px"),
