@@ -64,7 +64,7 @@ def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
         except (KeyError, ValueError) as error:
             raise InputError(f"rank: the environment's is not whole ({error}); give --rank and --ranks") from None
     if rank is None or ranks is None or not 0 <= rank < ranks:
-        raise InputError(f"rank: got {rank} of {ranks}, expected both, from 0 of 1 on")
+        raise InputError(f"rank: got {rank} of {ranks}, expected both --rank and --ranks, with 0 ≤ rank < ranks")
     return rank, ranks
 
 
