@@ -116,6 +116,21 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def read_json(path: Path, *, what: str = "", expected: str = "keys and values") -> dict:
+    """A JSON object from a file; `what` it is and what was `expected` of it are for the errors.
+
+    Raises:
+        InputError: the file cannot be read, is no JSON, or holds another value than an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {what + ' ' if what else ''}cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected {expected}, got a {type(values).__name__}")
+    return values
+
+
 def append_rows(path: Path, rows: Iterable[Any], *, durable: bool = False) -> None:
     """Add lines of JSON; a last line that a kill or a full disk has torn is cut off first.
 

@@ -9,6 +9,11 @@ import torch
 import yaml
 from PIL import Image
 
+from pixart.checkpoint import ModelCard, save_model
+from pixart.diffusion.sampling import SampleConfig
+from pixart.encoders.text import TextConfig
+from toy import tiny_model
+
 ROOT = Path(__file__).parent.parent
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
 
@@ -38,6 +43,14 @@ def make_text_encoder(folder: Path) -> Path:
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_model(home: Path, sample: SampleConfig) -> Path:
+    """The folder of a tiny model of pixels, with its text encoder beside it."""
+    model = tiny_model(in_channels=3, learn_sigma=False)
+    text = TextConfig(model=str(make_text_encoder(home / "text")), length=12, clean=False)
+    save_model(home / "model", model.state_dict(), ModelCard(model.config, text=text, sample=sample))
+    return home / "model"
 
 
 def settings(output: Path, pictures: Path, text: Path) -> dict:

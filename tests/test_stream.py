@@ -14,25 +14,19 @@ import torch
 from PIL import Image
 
 from pixart import Request
-from pixart.checkpoint import ModelCard, save_model
 from pixart.diffusion.sampling import SampleConfig
-from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.inference.generate import save_samples
 from pixart.inference.pipeline import Pipeline
-from runs import ROOT, command, environment, make_text_encoder
-from toy import relative, tiny_model
+from runs import ROOT, command, environment, make_model
+from toy import relative
 
 FAST = SampleConfig(steps=2)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("model")
-    model = tiny_model(in_channels=3, learn_sigma=False)
-    text = TextConfig(model=str(make_text_encoder(home / "text")), length=12, clean=False)
-    save_model(home / "model", model.state_dict(), ModelCard(model.config, text=text, sample=FAST))
-    return home / "model"
+    return make_model(tmp_path_factory.mktemp("model"), FAST)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ import yaml
 import pixart
 import pixart.train
 from pixart import ModelCard, Pipeline, PixArt, PixArtConfig, SampleConfig
-from pixart.checkpoint import load_with_card, save_model
+from pixart.checkpoint import load_with_card
 from pixart.checkpoint.save import export_model
-from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from runs import ROOT, environment, make_text_encoder
+from runs import ROOT, environment, make_model
 from toy import tiny_model
 
 CONFIG = SampleConfig(sampler="ddim", steps=3, guidance=3.0)
@@ -30,11 +29,7 @@ CONFIG = SampleConfig(sampler="ddim", steps=3, guidance=3.0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model of pixels with its text encoder."""
-    folder = tmp_path_factory.mktemp("model")
-    model = tiny_model(in_channels=3, learn_sigma=False)
-    text = TextConfig(model=str(make_text_encoder(folder / "text")), length=12, clean=False)
-    save_model(folder / "model", model.state_dict(), ModelCard(model.config, text=text, sample=CONFIG))
-    return folder / "model"
+    return make_model(tmp_path_factory.mktemp("model"), CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ from typing import Any
 
 from pixart.checkpoint.detect import SIGMA_LENGTH, Evidence, contradiction, is_sigma
 from pixart.checkpoint.files import ModelCard
-from pixart.checkpoint.locate import PIPELINE, Found, read_json
+from pixart.checkpoint.locate import PIPELINE, Found
 from pixart.diffusion.sampling import SampleConfig
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.encoders.text import TextConfig
 from pixart.encoders.vae import VaeConfig
 from pixart.errors import InputError
+from pixart.files import read_json
 from pixart.model.pixart import PRESETS, PixArtConfig
 
 T5 = "DeepFloyd/t5-v1_1-xxl"

@@ -1,6 +1,5 @@
 """What a source means: a model of ours, a transformer of diffusers, or a file; on disk or on the Hub."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Literal
 from pixart.checkpoint.files import CONFIG, WEIGHTS, ModelCard, find_model, read_card
 from pixart.checkpoint.weights import Weights, read_index
 from pixart.errors import InputError
+from pixart.files import read_json
 
 STEM = "diffusion_pytorch_model"
 TRANSFORMER_FILES = (
@@ -118,16 +118,6 @@ def _what_else(folder: Path) -> str:
         return f"the folder holds {', '.join(named[:6])}; name the file that you mean"
     expected = f"{WEIGHTS} and {CONFIG}, a run's checkpoints, or diffusers' {TRANSFORMER_FILES[0]} and {CONFIG}"
     return f"expected {expected}; found {', '.join(files[:6])}"
-
-
-def read_json(path: Path) -> dict:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: expected keys and values, got a {type(settings).__name__}")
-    return settings
 
 
 def _from_hub(source: str, revision: str | None) -> Path:

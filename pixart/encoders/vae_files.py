@@ -1,6 +1,5 @@
 """Where a VAE's files are, and what is in them: diffusers' layout in a folder, a file or a Hub repository."""
 
-import json
 import pickle
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixart.errors import InputError
+from pixart.files import read_json
 
 CONFIG, WEIGHTS = "config.json", ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -37,13 +37,7 @@ def find_weights(source: str, subfolder: str | None) -> Path:
 
 def read_settings(path: Path) -> dict:
     """A VAE's `config.json` as it stands there."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: the VAE's config cannot be read ({error})") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: expected the settings of a VAE, got a {type(settings).__name__}")
-    return settings
+    return read_json(path, what="the VAE's config", expected="the settings of a VAE")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
