@@ -6,12 +6,11 @@
 From then on `model.mlp: swiglu` chooses it. A file of one's own registers likewise, see `pixart.extensions`.
 """
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from pixart.errors import InputError
+from pixart.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
@@ -44,8 +43,7 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         """The entry of that name. Raises InputError, with the nearest names, where there is none."""
         if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(name, self._entries)
             raise InputError(
                 f"{self.setting}: there is no '{name}'{hint} (there are {', '.join(self._entries)}; a file that "
                 "registers another is given as extensions: [FILE] in a configuration, --extension or extensions=)"

@@ -1,6 +1,5 @@
 """Which PixArt a file holds, read off names, shapes and the stored position table; never off a file's name."""
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.config import build, to_dict
-from pixart.errors import InputError
+from pixart.errors import InputError, did_you_mean
 from pixart.model.embed import grid_positions
 from pixart.model.pixart import PRESETS, PixArtConfig
 
@@ -250,8 +249,7 @@ def check_fields(overrides: dict[str, Any]) -> None:
     names = [f.name for f in fields(PixArtConfig)]
     for name in overrides:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(name, names, cutoff=0.4)
             raise InputError(f"overrides: unknown field '{name}'{hint} (there are {', '.join(names)})")
 
 

@@ -1,6 +1,5 @@
 """Samples that the caller of `train` brings, in place of a folder's images or a feature store."""
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pixart.data.samples import Captions, Drawing, Draws, encode_captions
 from pixart.data.training_set import Data, DataSpec, Part, choose_held_out, describe_split, hash_ids, load_encoder
 from pixart.encoders.fingerprint import fingerprint
 from pixart.encoders.text import encode_null
-from pixart.errors import InputError
+from pixart.errors import InputError, did_you_mean
 from pixart.seeds import derive_seed
 
 Array = Tensor | np.ndarray
@@ -156,8 +155,7 @@ class Source:
             raise InputError(f"{where}: got {say(found)}, expected a dict with latents or pixels, and caption")
         known = TrainingSample.__annotations__
         if unknown := sorted(found.keys() - known.keys()):
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(unknown[0], known)
             raise InputError(f"{where}: unknown entry '{unknown[0]}'{hint} (there are {', '.join(known)})")
         if ("latents" in found) == ("pixels" in found):
             raise InputError(f"{where}: expected one of latents and pixels, got {', '.join(found)}")
