@@ -1,12 +1,12 @@
-"""PixArt-α and PixArt-Σ: train, ablate, load, sample. What stands here is imported when it is asked for.
+"""PixArt-α and PixArt-Σ: train, ablate, load, sample. The names below are imported lazily, on first use.
 
-Training is `pixart.train`, which exports what it needs: `from pixart.train import TrainConfig, train`.
+Training is in `pixart.train`, which has its own exports: `from pixart.train import TrainConfig, train`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time nothing of torch is imported here
+if TYPE_CHECKING:  # for editors and type checkers; at run time, importing pixart does not import torch
     from pixart.adapters.load import load_model
     from pixart.checkpoint.files import ModelCard
     from pixart.checkpoint.save import export_model
@@ -39,9 +39,22 @@ _PLACES = {
 }
 
 __all__ = [
-    "PRESETS", "InputError", "ModelCard", "PixArt", "PixArtConfig", "Pipeline", "Request", "SampleConfig",
-    "export_model", "keep_freed_memory", "load_config", "load_extensions", "load_model", "use_onednn", "__version__",
-]  # fmt: skip
+    "PRESETS",
+    "InputError",
+    "ModelCard",
+    "PixArt",
+    "PixArtConfig",
+    "Pipeline",
+    "Request",
+    "SampleConfig",
+    "export_model",
+    "keep_freed_memory",
+    "load_config",
+    "load_extensions",
+    "load_model",
+    "use_onednn",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

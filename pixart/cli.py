@@ -1,31 +1,52 @@
-"""What the commands share: errors as one line, prompts from files, sizes at their ends, shares of work."""
+"""What the commands share: options, errors as one line, prompts from files, shares of work. It imports no torch."""
 
+import argparse
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import torch
-import yaml
-
-from pixart.cpu import keep_freed_memory
+from pixart.console import print_anything
 from pixart.errors import InputError, LostProcess
+from pixart.files import read_bytes
+from pixart.unicode import decode_text
 
-EXTENSION = "a file of one's own that registers what the model is made of; may be given several times"
-NO_ONEDNN = "on a CPU in fp32: torch's own matrix product, as from Python, which is nearer to the authors' numbers"
+if TYPE_CHECKING:
+    import torch
 
 
-def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:
-    """Call `main` and exit with what it returns. Wrong input prints one line; PIXART_TRACEBACK=1 shows where.
+@contextmanager
+def closed_pipe_ends() -> Iterator[None]:
+    """A context in which a reader of standard output that has enough, as `| head -1`, ends the process without a
+    message, as it ends other programs: with 128 + SIGPIPE."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        sys.exit(141)
 
-    With `keep_memory` the process keeps what it frees, as `keep_freed_memory` says.
+
+def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> NoReturn:
+    """Call `main` and exit with what it returns. For wrong input one line is printed, with PIXART_TRACEBACK=1 a
+    traceback.
+
+    With `keep_memory` the process keeps memory that it has freed for its next allocations, see `keep_freed_memory`.
     """
+    print_anything()
     if keep_memory:
+        from pixart.cpu import keep_freed_memory
+
         keep_freed_memory()
     try:
-        code = main()
+        with closed_pipe_ends():
+            code = main()
     except InputError as error:
         if os.environ.get("PIXART_TRACEBACK"):
             raise
@@ -34,7 +55,8 @@ def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:
     except LostProcess as error:
         if os.environ.get("PIXART_TRACEBACK"):
             raise
-        print(f"error: {error}. Checkpoints are as they were; the same command goes on", file=sys.stderr, flush=True)
+        resume = "The checkpoints are unchanged; the same command resumes the run"
+        print(f"error: {error}. {resume}", file=sys.stderr, flush=True)
         os._exit(1)  # an ordinary exit may wait for the process that is gone
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,8 +64,32 @@ def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> None:
     sys.exit(code)
 
 
+def add_share(parser: argparse.ArgumentParser) -> None:
+    """Options for `find_rank`."""
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="this process's share, from 0; by default from its environment"
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="number of processes")
+
+
+def add_extension(parser: argparse.ArgumentParser) -> None:
+    """An option for `load_extensions`."""
+    text = "a Python file of your own that registers parts of the model; may be repeated"
+    parser.add_argument("--extension", action="append", default=[], metavar="FILE", help=text)
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """An option for `read_settings`."""
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="key=value", help=f"e.g. {example}")
+
+
+def add_no_onednn(parser: argparse.ArgumentParser) -> None:
+    text = "on a CPU in fp32: use torch's own matrix product, which is nearer to the authors' numbers but slower"
+    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help=text)
+
+
 def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
-    """Which of how many processes this is: as told, else as torchrun, a Slurm array or srun tell, else the only one.
+    """(rank, number of processes): those given, else those of torchrun, a Slurm array or srun, else (0, 1).
 
     Raises:
         InputError: one of the two is missing, or they do not fit together.
@@ -62,22 +108,32 @@ def find_rank(rank: int | None, ranks: int | None) -> tuple[int, int]:
             else:
                 rank, ranks = 0, 1
         except (KeyError, ValueError) as error:
-            raise InputError(f"rank: the environment's is not whole ({error}); give --rank and --ranks") from None
+            raise InputError(f"rank: the environment does not say it ({error}); give --rank and --ranks") from None
     if rank is None or ranks is None or not 0 <= rank < ranks:
         raise InputError(f"rank: got {rank} of {ranks}, expected both --rank and --ranks, with 0 ≤ rank < ranks")
     return rank, ranks
 
 
-def find_device() -> torch.device:
-    """This process's GPU, if there is any."""
+def find_device() -> "torch.device":
+    """This process's GPU, or the CPU if there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     place = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return torch.device("cuda", int(place) % torch.cuda.device_count())
 
 
+def name_device(asked: str | None) -> str:
+    """The device asked for, by default that of `find_device`; "cuda" without a number is this process's own GPU."""
+    device = find_device()
+    return str(device) if asked is None or (asked == "cuda" and device.type == "cuda") else asked
+
+
 def read_settings(texts: Sequence[str]) -> dict[str, Any]:
     """`key=value` arguments as a dict; values as in YAML."""
+    import yaml
+
     settings = {}
     for text in texts:
         key, separator, value = text.partition("=")
@@ -91,7 +147,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def split_settings(texts: Sequence[str], names: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """`key=value` arguments: those with a key among `names` as a dict, and the others as they are."""
+    """(`key=value` arguments whose key is one of `names`, as a dict; the other arguments, unchanged)."""
     mine = read_settings([text for text in texts if text.partition("=")[0] in names])
     return mine, [text for text in texts if text.partition("=")[0] not in mine]
 
@@ -105,39 +161,49 @@ def read_size(text: str) -> tuple[int, int]:
 
 
 def read_batch(text: str | None) -> int | Literal["largest"] | None:
-    """ "4" or "largest", or nothing."""
+    """ "4", "largest" or None."""
     if text is None:
         return None
     if text != "largest" and not text.isdecimal():
-        raise InputError(f"--batch {text}: expected a number of pictures, or largest")
+        raise InputError(f"--batch {text}: expected a number of images, or largest")
     return "largest" if text == "largest" else int(text)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line; empty lines and lines that start with # are left out."""
+    """The prompts in a file, one a line; empty lines and lines that start with # are ignored."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text, encoding = decode_text(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise InputError(f"prompt file {path}: cannot be read ({error})") from None
+    if encoding != "UTF-8":
+        print(f"{path}: read as {encoding}, since it is not UTF-8", file=sys.stderr)
+    if text.lstrip().startswith(("{", "[")) or Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
+        raise InputError(f"prompt file {path}: expected a plain text of one prompt a line, got JSON or a table")
+    lines = text.splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise InputError(f"prompt file {path}: no prompt in it; expected one a line")
     return prompts
 
 
-def split_prompt(line: str) -> tuple[str, dict[str, float]]:
-    """A prompt and the size that its end may ask for, as arguments of `Pipeline.__call__`.
+def add_lora(parser: argparse.ArgumentParser, text: str) -> None:
+    """An option for `split_strength`; may be repeated."""
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:X]", help=text)
 
-    "a cat --ar 3:4" asks for an aspect ratio, height to width; "a cat --hw 768:1024" for pixels.
+
+def split_strength(words: str) -> tuple[str, float]:
+    """FILE[:STRENGTH] → the file and the strength, 1 if there is none.
+
+    Raises:
+        InputError: what follows the last colon is neither a number nor a part of a file's name.
     """
-    text, *asked = re.split(r"(?:^|\s)--(?=(?:ar|hw)(?:\s|$))", line)
-    text = text.strip()
-    if not asked:
-        return text, {}
-    match = re.fullmatch(r"(ar|hw)\s+(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)\s*", asked[0])
-    if len(asked) > 1 or not match or not text:
-        raise InputError(f"prompt '{line[:80]}': expected a text that ends in one --ar h:w or --hw h:w")
-    high, wide = float(match[2]), float(match[3])
-    if high == 0 or wide == 0 or (match[1] == "hw" and not (high.is_integer() and wide.is_integer())):
-        raise InputError(f"prompt '{line[:80]}': --ar takes positive numbers, --hw whole pixels")
-    return text, {"aspect_ratio": high / wide} if match[1] == "ar" else {"height": int(high), "width": int(wide)}
+    source, colon, number = words.rpartition(":")
+    if not colon or Path(words).exists():
+        return words, 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise InputError(f"--lora {words}: expected FILE or FILE:STRENGTH, got the strength '{number}'")
+    return source, strength

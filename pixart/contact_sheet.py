@@ -1,4 +1,4 @@
-"""Pictures of pictures: labelled contact sheets."""
+"""Contact sheets: grids of labelled images."""
 
 import textwrap
 import unicodedata
@@ -17,13 +17,13 @@ def contact_sheet(
     side: int | None = None,
     red: Collection[int] = (),
 ) -> Image.Image:
-    """One cell per label: its pictures one above the other, the label below.
+    """A sheet with one cell per label: its images one above the other, the label below.
 
     Args:
-        columns: about as wide as high by default.
-        side: width of a cell in pixels; the pictures' own, but at least 96, by default. Pictures are enlarged without
-            smoothing, so that what a small model draws is what is seen.
-        red: the cells whose label is red.
+        columns: by default as many as make the sheet roughly square.
+        side: width of a cell in pixels; by default the images' own, but at least 96. Images are enlarged without
+            smoothing, so that a small model's pixels are shown as they are.
+        red: the indices of cells whose label is red.
     """
     side = side or max(96, max(image.width for cell in cells for image in cell))
     stack = max(len(cell) for cell in cells)
@@ -50,5 +50,5 @@ def contact_sheet(
 
 
 def _plain(text: str) -> str:
-    """Letters without their accents, which the font that comes with Pillow does not have."""
+    """Remove accents, which Pillow's default font does not have."""
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))

@@ -1,7 +1,7 @@
-"""What makes a CPU fast and is no part of any layer: oneDNN's matrix product, and freed memory that is kept.
+"""CPU optimisations outside of the layers: oneDNN's matrix product, and keeping freed memory.
 
-Commands ask for both; a program that imports pixart may, too. The third of its kind, threads that wait passively, must
-be asked for before torch is loaded: `pixart.commands` does so.
+The commands use both; programs that import pixart can do so, too. A third one, threads that wait passively, must be set
+before torch is imported, which `pixart.commands` does.
 """
 
 import ctypes
@@ -13,39 +13,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from pixart.arguments import checked
+
 # ------------------------------------------------------------------------------------------------ oneDNN's product
 
 BOTH_LIBRARIES = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
+@checked
 def use_onednn(model: nn.Module, on: bool = True) -> int:
-    """Multiply the fp32 matrices of a model's `nn.Linear` layers by oneDNN, in place; with `on=False` by torch again.
+    """Make a model's `nn.Linear` layers use oneDNN for fp32 matrix products, in place; `on=False` undoes this.
 
-    On x86 torch takes MKL, which leaves a third of an AMD processor unused; oneDNN, which comes with torch and serves
-    its convolutions and bf16, does not. Its product errs twice as much (5.6e-7 of its size, MKL's 2.6e-7). Nothing
-    changes on a GPU, in other dtypes, under autocast, in forward-mode derivatives or where torch compiles, nor in
-    names, tensors and state dicts. Layers on a CPU whose class is `nn.Linear` itself are taken: a subclass, as a
-    quantised layer's, has a product of its own.
+    On x86 torch uses MKL, which leaves a third of an AMD processor's speed unused. oneDNN, which comes with torch and
+    computes its convolutions and bf16 products, does not. Its relative error is about twice as large (5.6e-7; MKL's is
+    2.6e-7). Nothing changes on a GPU, for other dtypes, under autocast, in forward-mode derivatives or in compiled
+    code, and names, tensors and state dicts stay the same. Only layers on a CPU whose class is exactly `nn.Linear` are
+    changed, since a subclass, e.g. a quantised layer, has its own product.
 
     Returns:
-        number of layers that changed: 0 the second time, and where torch lacks one of the two libraries.
+        number of layers that were changed: 0 at a second call, or if torch lacks one of the two libraries.
     """
     before, after = (nn.Linear, _OneDnnLinear) if on else (_OneDnnLinear, nn.Linear)
     layers = [module for module in model.modules() if type(module) is before]
     if on:
         layers = [layer for layer in layers if BOTH_LIBRARIES and layer.weight.device.type == "cpu"]
     for layer in layers:
-        layer.__class__ = after  # its tensors, hooks and name stay; nothing that holds the layer has to know
+        layer.__class__ = after  # keeps its tensors, hooks and name, and all references to it
     return len(layers)
 
 
 def uses_onednn(model: nn.Module) -> bool:
-    """Whether `use_onednn` took any of a model's layers."""
+    """Whether `use_onednn` changed any of a model's layers."""
     return any(type(module) is _OneDnnLinear for module in model.modules())
 
 
 class _OneDnnLinear(nn.Linear):
-    """`nn.Linear`, with oneDNN's product where torch would take MKL's."""
+    """`nn.Linear` with oneDNN's product where torch would use MKL's."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_for_mkl(x, self.weight):
@@ -55,7 +58,7 @@ class _OneDnnLinear(nn.Linear):
 
 def _is_for_mkl(x: Tensor, weight: Tensor) -> bool:
     fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    # inductor chooses products of its own, and forward-mode derivatives need torch's
+    # inductor chooses its own products, and forward-mode derivatives need torch's
     plain = not torch.compiler.is_compiling() and forward_ad._current_level < 0
     return BOTH_LIBRARIES and x.is_cpu and fp32 and plain
 
@@ -87,23 +90,34 @@ class _Product(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------------------- memory that is freed
 
-# glibc gives large blocks back to the system as soon as they are freed, and the system hands each out again page by
-# page, zeroed: on a CPU that was 13 to 23 % of the VAE's time, and up to a fifth of the network's with its gradients
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+# glibc returns large blocks to the system as soon as they are freed, and the system then has to zero every page again
+# for the next allocation: on a CPU this took 13 to 23 % of the VAE's time, and up to a fifth of the network's with
+# gradients
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # constants of mallopt(3)
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep for its next allocations what it frees, from now on. → whether it will: Linux with glibc.
+    """Make this process keep freed memory for its next allocations → whether this is supported (Linux with glibc).
 
-    The peak stays what it was, but the process does not shrink below it until `give_memory_back`. Commands all ask
-    for this; a program that imports pixart may, before its work.
+    The peak memory stays the same, but the process does not shrink until `give_memory_back`. All commands call this;
+    programs that import pixart can call it before they start working.
     """
     libc = _glibc()
     return libc is not None and bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
+def hold_only_what_is_used() -> bool:
+    """Make this process return every large block as soon as it is freed → whether this is supported, as above.
+
+    It is the opposite of `keep_freed_memory`, to measure what a computation needs: a heap also holds the gaps between
+    blocks of different sizes, which took up to a sixth of a training step's memory.
+    """
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(_M_MMAP_THRESHOLD, 2**16))
+
+
 def give_memory_back() -> None:
-    """Return all that is freed to the system, where this process keeps it."""
+    """Return freed memory that this process has kept to the system."""
     gc.collect()
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)

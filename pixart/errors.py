@@ -1,26 +1,37 @@
-"""The exceptions that are no bug of ours: the input is wrong, or another process of the job is gone."""
+"""Exceptions that are not bugs of this package: wrong input, or the loss of another process of the job."""
 
 import difflib
 from collections.abc import Iterable
 
+LONGEST_LINE = 1200
+
 
 class InputError(ValueError):
-    """Wrong input from the user. The text says what was got, what was expected and what to do.
+    """Wrong input from the user. The message says what was got, what was expected and what to do.
 
-    Scripts print it as one line; library callers can catch it as a `ValueError`.
+    Scripts print it as one line; library callers can catch it as a `ValueError`. A line of more than `LONGEST_LINE`
+    characters, as when a file holds an absurdly long value, keeps its beginning (place, got) and its end (what to do).
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__("\n".join(map(_shorten, str(message).split("\n"))))
+
+
+def _shorten(line: str) -> str:
+    head, tail = LONGEST_LINE * 2 // 3, LONGEST_LINE // 3
+    return line if len(line) <= LONGEST_LINE else f"{line[:head]} … {line[-tail:]}"
 
 
 class LostProcess(RuntimeError):
-    """Another process of the job ended or hangs. Checkpoints are as they were; the same command goes on."""
+    """Another process of the job ended or hangs. Checkpoints are unchanged, and the same command resumes."""
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:
-    """The error for an optional `package` that is not installed; names the `extra` that brings it."""
+    """The error for an optional `package` that is not installed; it names the `extra` that installs it."""
     return InputError(f"{purpose} needs the package '{package}': pip install 'pixart[{extra}]'")
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """The end of an error about a `name` that is not `known`: the one nearest to it, "" where none is near."""
+    """The end of an error about a `name` that is not `known`: the most similar known name, or "" if none is similar."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,7 +1,7 @@
-"""Files of one's own that register ideas: variants of the network, objectives, solvers, data sources, metrics.
+"""Extensions: a user's own Python files that register network variants, objectives, solvers, data sources or metrics.
 
-A configuration names them (`extensions: [my_idea.py]`, relative to it), other commands take `--extension my_idea.py`.
-They are code and are run: a checkpoint or a run never brings its own, whoever loads it passes the file.
+A configuration names them (`extensions: [my_idea.py]`, relative to it); other commands take `--extension my_idea.py`.
+Since they are code that is run, they are never loaded from a checkpoint or a run: whoever loads one passes the file.
 """
 
 import hashlib
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixart.arguments import check_path, checked, say
 from pixart.errors import InputError
 
-FOLDER = "extensions"  # in a run: copies of the files that it was trained with
+FOLDER = "extensions"  # folder in a run with copies of the files that it was trained with
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,19 @@ class Extension:
     digest: str  # blake2b of its bytes, 16 bytes in hex
 
 
+@checked
 def load_extensions(paths: Iterable[str | Path]) -> list[Extension]:
-    """Run each file once in this process, in order, and again only if its content has changed.
+    """Run each file once in this process, in order; a file is run again only if its content has changed.
 
     Raises:
-        InputError: a file is not there, is no Python file, two have one name, or it raises; names the line.
+        InputError: a file is missing or not a Python file, two files have the same name, or a file raises an exception;
+            the message names the line.
     """
+    paths = list(paths)
+    for path in paths:
+        if not isinstance(path, (str, Path)):
+            raise InputError(f"extensions: got {say(path)}, expected paths of Python files")
+        check_path(path, "extensions")
     found = [_read(Path(path)) for path in paths]
     names = [extension.path.name for extension in found]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -56,7 +64,7 @@ def _run(extension: Extension) -> None:
     spec = importlib.util.spec_from_file_location(name, extension.path)
     module = importlib.util.module_from_spec(spec)
     module.__pixart_digest__ = extension.digest
-    sys.modules[name] = module  # dataclasses and pickles of data loaders look their module up
+    sys.modules[name] = module  # dataclasses, and data loaders' pickles, look up their module
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What computed a result: versions of the packages, and the git revision of this one."""
+"""Provenance of results: versions of the packages, and the git revision of this one."""
 
 import functools
 import platform
@@ -10,7 +10,7 @@ PACKAGES = ("pixart", "torch", "accelerate", "timm", "transformers", "safetensor
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of each of `PACKAGES`; "unknown" where one is not installed, as pixart run from its folder."""
+    """Versions of Python and of each of `PACKAGES`; "unknown" if not installed, e.g. pixart run from a checkout."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -22,9 +22,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def revision() -> str:
-    """The git revision of this package; "unknown" where it is in no repository."""
+    """The git revision of this package; "unknown" if it is not in a repository."""
     here = Path(__file__)
-    try:  # an installed copy may lie within some other repository: ask about this very file first
+    try:  # an installed copy may be inside another repository, so check first that this file is tracked
         for question in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
             answer = subprocess.run(
                 ["git", *question], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True

@@ -1,15 +1,16 @@
-"""Ideas by name: what a setting may choose from, and how a new one is added.
+"""Registries: named implementations that a setting can choose from, and how to add one.
 
-    @MLPS.register("swiglu")
-    class SwiGLU(nn.Module): ...
+    @MLPS.register("geglu")
+    class GeGLU(nn.Module): ...
 
-From then on `model.mlp: swiglu` chooses it. A file of one's own registers likewise, see `pixart.extensions`.
+Then `model.mlp: geglu` selects it. Your own files register in the same way, see `pixart.extensions`.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from pixart.arguments import say
 from pixart.errors import InputError, did_you_mean
 
 T = TypeVar("T")
@@ -19,13 +20,13 @@ class Registry(Generic[T]):
     """Names → implementations of one setting."""
 
     def __init__(self, setting: str):
-        """`setting` is the key of a configuration that takes these names, for errors."""
+        """`setting` is the configuration key that takes these names, for errors."""
         self.setting = setting
         self._entries: dict[str, T] = {}
         self._origins: dict[str, str] = {}  # the module that registered each
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that adds what it decorates under `name`.
+        """A decorator that registers an implementation under `name`.
 
         Raises:
             InputError: another module has registered that name.
@@ -41,12 +42,16 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """The entry of that name. Raises InputError, with the nearest names, where there is none."""
-        if name not in self._entries:
-            hint = did_you_mean(name, self._entries)
+        """The entry of that name. If there is none, raises InputError with the most similar name."""
+        return self.find(name, self.setting)
+
+    def find(self, name: str, setting: str) -> T:
+        """The same for a name that comes from elsewhere, e.g. from a command's option, which the error then names."""
+        if not isinstance(name, str) or name not in self._entries:
+            hint = did_you_mean(name[:100], self._entries) if isinstance(name, str) else ""
             raise InputError(
-                f"{self.setting}: there is no '{name}'{hint} (there are {', '.join(self._entries)}; a file that "
-                "registers another is given as extensions: [FILE] in a configuration, --extension or extensions=)"
+                f"{setting}: there is no {say(name)}{hint} (there are {', '.join(self._entries)}; to use a file that "
+                "registers another, name it as extensions: [FILE] in a configuration, --extension or extensions=)"
             )
         return self._entries[name]
 

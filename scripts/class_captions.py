@@ -1,5 +1,3 @@
-"""Captions of class folders (ImageNet): python scripts/class_captions.py FOLDER NAMES.txt"""
-
 from pixart.commands import run
 
 if __name__ == "__main__":

@@ -1,5 +1,3 @@
-"""Make the feature store `data.features` of a training config: python scripts/extract.py CONFIG [key=value …]."""
-
 from pixart.commands import run
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train under Slurm, and go on by itself after a pre-emption or the end of the time:
+# Train under Slurm; the job requeues itself after a pre-emption or at the end of its time:
 #   sbatch scripts/slurm.sh CONFIG [key=value …]
 #SBATCH --job-name=pixart
 #SBATCH --nodes=2
@@ -11,25 +11,25 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Five minutes before its end this script gets SIGUSR1 and hands it on. All processes then save after the same step and
-# exit with 75, and the job goes back into the queue. srun starts one process for each GPU: torchrun or accelerate launch
-# would do, but turn 75 into 1, and leave 30 s for the save when they are signalled. With them, in place of srun … below:
+# Five minutes before its end this script receives SIGUSR1 and passes it on. All processes then save after the same step
+# and exit with 75, and the job is requeued. srun starts one process per GPU. torchrun and accelerate launch work, too, but
+# they replace exit code 75 by 1 and allow 30 s for the save when they receive a signal. To use them instead of srun below:
 #   srun --ntasks-per-node=1 torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=gpu --rdzv-backend=c10d \
-#        --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" scripts/train.py "$@" &
-# Where the hosts' names lead to 127.0.1.1, set GLOO_SOCKET_IFNAME to the network's interface.
+#        --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" -m pixart train "$@" &
+# If host names resolve to 127.0.1.1, set GLOO_SOCKET_IFNAME to the network interface.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
-export AGAIN=$PWD/.requeue-$SLURM_JOB_ID  # is there when a process has asked for another start
+export AGAIN=$PWD/.requeue-$SLURM_JOB_ID  # exists if a process has asked to be requeued
 rm -f "$AGAIN"
 
-ended() {  # the exit code of a child, whatever signals this shell gets meanwhile
+ended() {  # wait for a child's exit code, although signals to this shell interrupt `wait`
     wait "$1"
     local code=$?
-    while [ "$code" -gt 128 ] && kill -0 "$1" 2>/dev/null; do  # the signal ended the wait, not the child
+    while [ "$code" -gt 128 ] && kill -0 "$1" 2>/dev/null; do  # a signal interrupted `wait`; the child still runs
         wait "$1"
         code=$?
     done
-    if [ "$code" -gt 128 ]; then  # or the child ended between the two
+    if [ "$code" -gt 128 ]; then  # the child may have ended in the meantime
         wait "$1"
         local last=$?
         [ "$last" -eq 127 ] || code=$last
@@ -37,10 +37,10 @@ ended() {  # the exit code of a child, whatever signals this shell gets meanwhil
     return "$code"
 }
 
-task() {  # one process; its 75 becomes a file, as srun kills the others when the first one ends with anything but 0
+task() {  # one process; exit code 75 becomes a file, because srun kills the others if one ends with a non-zero code
     trap 'kill -USR1 "$process" 2>/dev/null' USR1
     trap 'kill -TERM "$process" 2>/dev/null' TERM
-    RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID python scripts/train.py "$@" &
+    RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID python -m pixart train "$@" &
     process=$!
     ended "$process"
     local code=$?

@@ -1,4 +1,4 @@
-"""Model files as others write them: official .pth, diffusers folders, a Hub cache."""
+"""Model files as written by others: official .pth, diffusers folders, a Hub cache."""
 
 import json
 import shutil

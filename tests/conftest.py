@@ -1,9 +1,11 @@
-"""What all tests share: no network, few threads, and one rendered OpenMoji set."""
+"""Shared by all tests: no network, few threads, and one rendered OpenMoji set."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# two threads in all, also for the processes that tests start: with pytest -n 2, one for each of the two
+os.environ["OMP_NUM_THREADS"] = str(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from hypothesis import HealthCheck, settings
 from pixart.data.openmoji import build_openmoji
 from runs import make_text_encoder
 
-torch.set_num_threads(2)
-# a slow or busy machine must not fail a property, and a failure must come again
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# no deadlines, since the machine may be slow; derandomised, so that a failure can be reproduced
 settings.register_profile(
     "pixart", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

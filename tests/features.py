@@ -1,4 +1,4 @@
-"""Stores made of a few pictures in a moment, by the identity or a tiny VAE."""
+"""Small feature stores, made quickly from a few images by the identity or a tiny VAE."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from pixart.data.arrays import ARRAYS
 from pixart.data.items import Item
 from pixart.data.sources import SOURCES
 from pixart.diffusion.guidance import make_denoise
-from pixart.diffusion.losses import diffusion_loss, per_picture
+from pixart.diffusion.losses import diffusion_loss, per_image
 from pixart.diffusion.objective import OBJECTIVES, Objective
 from pixart.diffusion.sampling import SAMPLERS, Sampler
 from pixart.evaluate.metric import Declaration, PerImage, Score
@@ -92,12 +92,12 @@ class TimeToken(nn.Module):
         return self.proj(time)[:, None]
 
 
-CONDITIONING.register("time_token")(Conditioning(PlainBlock, PlainFinal, tokens=TimeToken))
+CONDITIONING.register("clock_token")(Conditioning(PlainBlock, PlainFinal, tokens=TimeToken))
 
 
 @POSITIONS.register("rope")
 class Rope(Positions):
-    """Half of a head's pairs turn with the row, half with the column."""
+    """Half of a head's pairs rotate with the row, half with the column."""
 
     def rotary(self, height, width, device=None):
         pairs = self.config.hidden_size // self.config.num_heads // 2
@@ -109,7 +109,7 @@ class Rope(Positions):
         return torch.stack([angles.cos(), angles.sin()])
 
 
-@NORMS.register("rms_norm")
+@NORMS.register("root_mean_square")
 def rms_norm(dim):
     return nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
 
@@ -137,7 +137,7 @@ class Sharper(SelfAttention):
         return self.temperature * super().forward(x, layout)
 
 
-@ROUTING.register("tread")
+@ROUTING.register("skipping")
 class Tread(Routing):
     """A random share of the tokens skips blocks (arXiv 2501.04765)."""
 
@@ -154,7 +154,7 @@ class Tread(Routing):
 
 @ROUTING.register("busy")
 class Busy(Routing):
-    """The tokens with the most to draw go through all blocks; an array of the data says which they are."""
+    """The tokens with the highest contrast pass through all blocks; the contrast is an array of the data."""
 
     conditions = {"contrast": None}  # noqa: RUF012
 
@@ -200,7 +200,7 @@ class Everything(Objective):
         x_s = self.schedule.add_noise(example.x0, example.noise, s)
         with torch.no_grad():
             target = self.state["target"](x_s, s, **example.inputs)
-        consistent = per_picture((network(x_s, s, **example.inputs) - target) ** 2)
+        consistent = per_image((network(x_s, s, **example.inputs) - target) ** 2)
         loss = mse + self.weight * (aligned + consistent)
         return {"loss": loss, "mse": mse, "alignment": aligned, "consistency": consistent}
 
@@ -235,7 +235,7 @@ class LowRankAdapter(Adapter):
 
 @SOURCES.register("stripes")
 def stripes(path, fields):
-    """Images that a file of names draws: one source of one's own."""
+    """A source that reads a file of image names and captions."""
     for line in path.read_text().splitlines():
         name, _, caption = line.partition("\t")
         yield Item(name, path.parent / name, fields.take({"text": caption}), f"{path}, {name}")
@@ -249,7 +249,7 @@ SAMPLERS.register("one_step")(Sampler(one_step, 1, (), 1, 1, flow=True))
 
 
 class AtOneTime(PerImage):
-    """A measure of the clean images that the network finds in noise at one time, from 0 to 1."""
+    """A metric of the clean images that the network predicts at one time, from 0 to 1."""
 
     def __init__(self, time):
         self.time = 1000 * float(time)
@@ -277,11 +277,13 @@ class MeanAbsoluteError(AtOneTime):
 class Likeness(AtOneTime):
     """Cosine similarity, of all channels and of each."""
 
-    declaration = Declaration((
-        Score("likeness", "likeness of clean images", "higher"),
-        Score("likeness_red", "the same in every channel", "higher", part="red"),
-        Score("likeness_blue", "the same in every channel", "higher", part="blue"),
-    ))  # fmt: skip
+    declaration = Declaration(
+        (
+            Score("likeness", "likeness of clean images", "higher"),
+            Score("likeness_red", "the same in every channel", "higher", part="red"),
+            Score("likeness_blue", "the same in every channel", "higher", part="blue"),
+        )
+    )
 
     def measure(self, held):
         found, x0 = self.denoised(held), held.example.x0

@@ -1,4 +1,4 @@
-"""The same captioned pictures in every layout that a source may have."""
+"""The same captioned images in the layout of every data source, and scanning a source."""
 
 import io
 import json
@@ -6,7 +6,16 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from PIL import Image
+
+from pixart.data.buckets import bucket_table
+from pixart.data.config import DataConfig
+from pixart.data.images import ScanReport
+from pixart.data.sources import scan
+from pixart.errors import InputError
+
+SQUARE = bucket_table(8, 8, square=True)
 
 
 @dataclass
@@ -15,6 +24,18 @@ class Sample:
 
     path: Path
     fields: dict[str, str]
+
+
+def look(folder: Path, **settings) -> ScanReport:
+    """Scan a source with images of 8 × 8 px."""
+    return scan(DataConfig(str(folder), **settings), SQUARE)
+
+
+def refused(folder: Path, **settings) -> str:
+    """The error of a source that cannot be scanned."""
+    with pytest.raises(InputError) as caught:
+        look(folder, **settings)
+    return str(caught.value)
 
 
 def from_folder(folder: Path, **more) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""Tiny training runs on real files: a few coloured pictures, a two-layer text encoder, a two-block PixArt."""
+"""Tiny training runs on real files: a few coloured images, a two-layer text encoder, a two-block PixArt."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def make_pictures(folder: Path, count: int = 8, side: int = 8) -> Path:
 
 
 def make_text_encoder(folder: Path) -> Path:
-    """A random BERT of two layers and width 16 with a real tokenizer: loads in a blink."""
+    """A random BERT of two layers and width 16 with a real tokenizer; it loads quickly."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     from pixart.encoders.text import find_text_model
@@ -54,7 +54,7 @@ def make_model(home: Path, sample: SampleConfig) -> Path:
 
 
 def settings(output: Path, pictures: Path, text: Path) -> dict:
-    """A config, as YAML would have it."""
+    """A small training config, as it would be read from YAML."""
     return {
         "output": str(output),
         "data": {"folder": str(pictures), "resolution": 8, "workers": 0, "text_dtype": "float32"},
@@ -96,15 +96,15 @@ def write(path: Path, base: dict, **changes) -> Path:
     return path
 
 
-def command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pixart", name, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def run_script(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+def run_command(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(script, *arguments), env=environment(), capture_output=True, text=True, timeout=240, **options
+        command(name, *arguments), env=environment(), capture_output=True, text=True, timeout=240, **options
     )

@@ -1,4 +1,4 @@
-"""Arguments are checked by their annotations, and other libraries' words for them are answered with ours."""
+"""Arguments are checked by their annotations; names of other libraries are refused with ours."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ class Thing:
         {"prompts": ["a", "b"]}, {"prompts": None}, {"output": "wrong, but said better where it is known"},
     ],
 )  # fmt: skip
-def test_what_fits_the_annotations_goes_through(arguments):
+def test_arguments_that_fit_the_annotations_are_accepted(arguments):
     Thing().call(**{"prompts": "a", **arguments})
     assert isinstance(Thing.make("x", device=torch.device("cpu")), Thing)
 
@@ -65,7 +65,7 @@ def test_what_fits_the_annotations_goes_through(arguments):
         ({"named": {"a": 3}}, "named: got {'a': 3}, expected names with Tensor or None"),
     ],
 )
-def test_what_does_not_is_one_line_with_what_was_got_and_expected(arguments, message):
+def test_other_arguments_are_refused_in_one_line(arguments, message):
     with pytest.raises(InputError) as caught:
         Thing().call(**{"prompts": "a", **arguments})
     assert str(caught.value) == message
@@ -77,12 +77,12 @@ def test_what_does_not_is_one_line_with_what_was_got_and_expected(arguments, mes
      ("negative_prompt", "negative_prompts"), ("num_images_per_prompt", "images_per_prompt"),
      ("output_type", "output"), ("prompt_embeds", "text_embeddings"), ("torch_dtype", "dtype")],
 )  # fmt: skip
-def test_a_word_of_diffusers_is_answered_with_ours(word, ours):
-    with pytest.raises(InputError, match=rf"^{word} is diffusers' word; here it is {ours}\b"):
+def test_a_name_of_diffusers_is_refused_with_ours(word, ours):
+    with pytest.raises(InputError, match=rf"^{word} is diffusers' name; here it is {ours}\b"):
         Thing().call("a", **{word: None})
 
 
-def test_a_word_that_nobody_has_is_pythons_own_error_and_signature_and_docstring_stay():
+def test_an_unknown_name_is_pythons_own_error_and_signature_and_docstring_stay():
     with pytest.raises(TypeError, match="stepz"):
         Thing().call("a", stepz=3)
     with pytest.raises(TypeError, match="prompts"):

@@ -112,7 +112,7 @@ def test_a_pickle_that_would_run_code(form, model, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["sections", "dit", "one section", "bare", "network", "networks", "old network"])
-def test_the_command_that_a_refused_pickle_is_answered_with_takes_its_weights_out(form, tmp_path, monkeypatch):
+def test_the_command_in_the_error_of_a_refused_pickle_extracts_its_weights(form, tmp_path, monkeypatch):
     raw, averaged = tiny_model(seed=0), tiny_model(seed=1)
     today = datetime.date(2026, 1, 1)  # which a pickle can only make by a call
     payload = {
@@ -227,7 +227,10 @@ def test_an_unknown_hub_id_offline(model, tmp_path, monkeypatch):
         ),
         (dit_weights(48, 2), "this is DiT, not PixArt: use init_from"),
         ({"blocks.0.adaLN_modulation.1.weight": 1, "x_embedder.proj.weight": 1}, "not a PixArt; its tensors are"),
-        ({"base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight": 1}, "holds LoRA matrices; load their base"),
+        (
+            {"base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight": 1},
+            "holds LoRA matrices, an adapter and no model",
+        ),
         ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.weight": 1}, "the UNet of Stable Diffusion"),
         ({"model.diffusion_model.input_blocks.0.0.weight": 1}, "the UNet of Stable Diffusion"),
         ({"encoder.down_blocks.0.resnets.0.conv1.weight": 1, "quant_conv.weight": 1}, "this is a VAE, not a PixArt"),
@@ -278,17 +281,23 @@ def test_names_and_shapes_are_all_compared(model, tmp_path):
     del state["t_block.1.bias"]
     state["blocks.0.extra"] = torch.zeros(1)
     message = refuse(save(tmp_path / "x.pth", state), "is not a PixArt in the official format", overrides=HEADS)
-    for part in ("missing: t_block.1.bias", "unknown: blocks.0.extra",
-                 "of another shape: blocks.1.mlp.fc2.weight (64, 192), expected (48, 192)"):  # fmt: skip
+    for part in (
+        "missing: t_block.1.bias",
+        "unknown: blocks.0.extra",
+        "of another shape: blocks.1.mlp.fc2.weight (64, 192), expected (48, 192)",
+    ):
         assert part in message
 
 
 @pytest.mark.parametrize("lost", ["x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "t_block.1.bias"])
-def test_a_pixart_that_lacks_tensors_is_not_whole(lost, model, tmp_path):
+def test_a_pixart_that_lacks_tensors_is_incomplete(lost, model, tmp_path):
     state = official(model)
     del state[lost]
-    refuse(save(tmp_path / "x.pth", state), rf"{lost} is missing; the file is not whole|is not a whole PixArt .*{lost}",
-           overrides=HEADS)  # fmt: skip
+    refuse(
+        save(tmp_path / "x.pth", state),
+        rf"{lost} is missing; the file is not whole|is not a whole PixArt .*{lost}",
+        overrides=HEADS,
+    )
 
 
 OTHERS = [
@@ -301,13 +310,13 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("old", "new", "match"), OTHERS)
-def test_a_whole_model_of_another_kind_is_not_said_to_lack_something(old, new, match, model, tmp_path):
+def test_a_complete_model_of_another_kind_is_not_called_incomplete(old, new, match, model, tmp_path):
     state = {name.replace(old, new): tensor for name, tensor in official(model).items()}
     message = refuse(save(tmp_path / "x.pth", state), f"not a PixArt.*{match}", overrides=HEADS)
     assert "not whole" not in message and "a whole" not in message
 
 
-def test_another_transformer_of_diffusers_is_not_said_to_lack_something(tmp_path):
+def test_another_transformer_of_diffusers_is_not_called_incomplete(tmp_path):
     # LTX-Video's names, a transformer with PixArt's adaLN-single
     names = ("proj_in", "adaln_single.linear", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn1.norm_q")
     state = {f"{name}.weight": torch.zeros(8, 8) for name in names}
@@ -323,8 +332,11 @@ def test_a_wrong_width(model, tmp_path):
     refuse(save(tmp_path / "x.pth", state), r"pos_embed has shape \(1, 16, 48\), expected \(1, N, 64\)")
     del state["pos_embed"]
     told = {**HEADS, "latent_size": 8, "position_scale": 1.0}
-    refuse(save(tmp_path / "x.pth", state), r"t_block.1.bias \(288,\), expected \(384,\)|\(48,\), expected \(64,\)",
-           overrides=told)  # fmt: skip
+    refuse(
+        save(tmp_path / "x.pth", state),
+        r"t_block.1.bias \(288,\), expected \(384,\)|\(48,\), expected \(64,\)",
+        overrides=told,
+    )
 
 
 def test_a_missing_part_of_a_matrix_in_diffusers_names(model, tmp_path):
@@ -355,10 +367,16 @@ def test_a_config_of_another_model(settings, match, model, tmp_path):
 
 def test_a_position_table_of_another_scale(model, tmp_path):
     path = save_official(tmp_path / "x.pth", tiny_model(position_scale=0.5))
-    refuse(path, "overrides say position_scale 1.0; by the file's own position table it is 0.5",
-           overrides={**HEADS, "position_scale": 1.0})  # fmt: skip
-    refuse(path, "overrides say latent_size 16; by the file's own position table it is 8",
-           overrides={**HEADS, "latent_size": 16})  # fmt: skip
+    refuse(
+        path,
+        "overrides say position_scale 1.0; by the file's own position table it is 0.5",
+        overrides={**HEADS, "position_scale": 1.0},
+    )
+    refuse(
+        path,
+        "overrides say latent_size 16; by the file's own position table it is 8",
+        overrides={**HEADS, "latent_size": 16},
+    )
     in_diffusers(model).save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     table = official(tiny_model(position_scale=0.5))["pos_embed"]
@@ -432,7 +450,7 @@ def test_large_sums_are_not_taken_for_infinities(model, tmp_path):
     assert load_model(save_official(tmp_path / "x.pth", model), overrides=HEADS).t_block[1].weight[0, 0] == 6e4
 
 
-def test_names_that_are_twice_there_without_their_prefixes(model, tmp_path):
+def test_names_that_are_equal_without_their_prefixes(model, tmp_path):
     state = official(model)
     state["module.t_block.1.bias"] = state["t_block.1.bias"] + 1
     refuse(save(tmp_path / "x.pth", state), r"t_block\.1\.bias and module\.t_block\.1\.bias are both t_block\.1\.bias")

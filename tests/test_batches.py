@@ -1,4 +1,4 @@
-"""The bucket batch sampler: who gets which sample when, for any number of ranks and any position."""
+"""The bucket batch sampler: which rank gets which sample when, for any number of ranks and any position."""
 
 import itertools
 import subprocess
@@ -51,7 +51,7 @@ def flat(step) -> list[tuple[int, int]]:
 
 
 @given(cases(leftovers=["drop"]))
-def test_drop_shows_no_sample_twice_in_an_epoch_and_leaves_out_what_it_says(case):
+def test_drop_shows_no_sample_twice_in_an_epoch_and_reports_what_it_leaves_out(case):
     buckets, global_batch, *_ = case
     batches = BucketBatches(buckets, global_batch, **case[-1])
     for epoch in (0, 1):
@@ -103,7 +103,7 @@ def test_micro_batches_of_a_step_are_equal_in_size_and_of_one_bucket_on_all_rank
 
 
 @given(cases(), st.data())
-def test_resuming_at_any_position_goes_on_exactly(case, data):
+def test_resuming_at_any_position_is_exact(case, data):
     buckets, global_batch, ranks, accumulation, options = case
     rank = data.draw(st.integers(0, ranks - 1))
     per_epoch = BucketBatches(buckets, global_batch, **options).per_epoch
@@ -126,7 +126,7 @@ def test_resuming_works_at_every_single_position():
         assert take(40 - position, BucketBatches(buckets, 2, seed=3, position=position)) == whole[position:]
 
 
-def test_resuming_on_another_number_of_ranks_goes_on_with_the_same_global_batches():
+def test_resuming_with_another_number_of_ranks_gives_the_same_global_batches():
     case = [0] * 30 + [1] * 19, 6
     options = {"seed": 1, "leftovers": "fill"}
     expected = [sorted(flat(step)) for step in all_ranks(*case, 1, 1, options, epochs=2)][4:]
@@ -145,19 +145,19 @@ def test_epochs_and_seeds_differ_in_the_order_of_samples_and_of_buckets():
     assert all(sorted(order) == list(range(128)) for order in orders)
 
 
-def test_dropped_samples_are_others_in_the_next_epoch():
+def test_other_samples_are_dropped_in_the_next_epoch():
     batches = BucketBatches([0] * 11, 4, seed=0)
     seen = [{index for step in batches.epoch(epoch) for _, index in step} for epoch in range(20)]
     assert all(len(indices) == 8 for indices in seen)
     assert set.union(*seen) == set(range(11))
 
 
-def test_every_order_is_as_likely():
+def test_all_orders_are_equally_likely():
     first = Counter(BucketBatches([0] * 4, 4, seed=seed).epoch(0)[0][0][1] for seed in range(2000))
     assert all(abs(first[i] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for i in range(4))  # five sigma
 
 
-def test_iterating_twice_starts_at_the_position_again():
+def test_iterating_again_starts_at_the_same_position():
     batches = BucketBatches([0] * 9, 2, seed=0, position=3)
     assert take(5, batches) == take(5, batches)
 
@@ -188,16 +188,16 @@ def test_seeds_are_63_bit_and_differ_with_every_part():
         (10, {"ranks": 4}, "batch_size 10 is not a multiple of 4 processes × 1 accumulation steps"),
         (6, {"ranks": 2, "accumulation": 2}, "batch_size 6 is not a multiple of 2 processes × 2 accumulation steps"),
         (0, {}, "batch_size 0 is not a multiple of"),
-        (9, {}, r"no bucket has the 9 images of one batch \(the fullest has 8\)"),
+        (9, {}, r"no bucket has the 9 images of one batch \(the largest has 8\)"),
     ],
 )
-def test_a_batch_that_cannot_be_is_refused(global_batch, options, expected):
+def test_an_impossible_batch_is_refused(global_batch, options, expected):
     with pytest.raises(InputError, match=expected):
         BucketBatches([0] * 8 + [1] * 3, global_batch, seed=0, **options)
 
 
-def test_no_sample_at_all_is_refused():
-    with pytest.raises(InputError, match=r"the fullest has 0"):
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(InputError, match=r"the largest has 0"):
         BucketBatches([], 1, seed=0, leftovers="fill")
 
 
@@ -211,8 +211,11 @@ def mixtures(draw):
     buckets = draw(st.lists(st.integers(0, 1), min_size=sum(counts), max_size=sum(counts)))
     repeats = [draw(st.sampled_from([0.125, 0.3, 0.5, 1.0, 1.5, 3.0])) for _ in counts]
     ranks = draw(st.integers(1, 8))
-    options = {"seed": draw(st.integers(0, 2**40)), "sets": list(zip(counts, repeats, strict=True)),
-               "leftovers": "fill"}  # fmt: skip
+    options = {
+        "seed": draw(st.integers(0, 2**40)),
+        "sets": list(zip(counts, repeats, strict=True)),
+        "leftovers": "fill",
+    }
     return buckets, ranks, options
 
 
@@ -264,7 +267,7 @@ def test_mixed_sets_resume_at_any_position_on_any_number_of_ranks(case, data):
         assert len({buckets[index] for _, index in batch}) == 1
 
 
-def test_where_a_set_stands_in_an_epoch_differs_from_epoch_to_epoch():
+def test_the_positions_of_a_set_in_an_epoch_differ_between_epochs():
     sampler = BucketBatches([0] * 40, 40, seed=0, sets=[(25, 1.0), (15, 1.0)])
     places = [tuple(index < 25 for _, index in sampler.batch(epoch, 0)) for epoch in range(20)]
     assert all(sum(place) == 25 for place in places)
@@ -277,7 +280,7 @@ def test_one_set_with_repeats_of_one_is_the_order_without_sets():
     assert [plain.epoch(e) for e in range(3)] == [sets.epoch(e) for e in range(3)]
 
 
-def test_what_is_held_in_memory_is_twelve_bytes_a_sample():
+def test_memory_is_twelve_bytes_per_sample():
     buckets = np.arange(10_000, dtype=np.int16) % 40
     batches = BucketBatches(buckets, 16, seed=0)
     batches.batch(0, 0)

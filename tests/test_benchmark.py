@@ -1,4 +1,4 @@
-"""The benchmark: what it compares is the same work, and what it prints is what it measured."""
+"""The benchmark compares programs that do the same work, and prints what it measured."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from pixart.benchmark import beside
 from pixart.benchmark.cases import CASES
 from pixart.benchmark.measure import Case, Result, Settings, count_flops, largest_batch, measure
 from pixart.benchmark.networks import call_diffusers, native, network_in_diffusers, network_inputs, random_network
-from pixart.benchmark.report import compare, table, write_json
+from pixart.benchmark.report import compare, median_interval, paired_ratios, table, write_json
 from pixart.benchmark.run import _fits, run
 from pixart.cpu import use_onednn
 from pixart.errors import InputError
 from pixart.model.flops import forward_flops
-from runs import ROOT, run_script
+from runs import ROOT, run_command
 from toy import relative
 
 SMALL = Settings(
@@ -64,7 +64,7 @@ def test_attention_without_padding_is_that_under_a_mask():
     assert relative(programs["no mask"], ours) > 1e-2
 
 
-def test_heads_padded_to_a_rounder_width_attend_alike():
+def test_padding_the_heads_does_not_change_attention():
     programs = CASES["attention"](replace(SMALL, height=64, width=64)).programs
     assert relative(programs["heads of 128"]()(), programs["ours"]()()) <= 1e-6
 
@@ -94,7 +94,17 @@ def test_every_case_runs_every_program(name):
         assert result.program in table(found)
 
 
-def test_ours_is_as_commands_have_it_and_ours_torch_as_python_does():
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["page", "page-pixels"])
+def test_the_page_is_measured_beside_the_same_call(name):
+    pytest.importorskip("gradio", reason="the page; extra: app")
+    ours, page = measure(CASES[name](SMALL), SMALL)  # the call fails unless the page says "done"
+    assert (ours.program, page.program) == ("ours", "through the page")
+    assert page.median > 0
+    assert page.cpu_seconds[0] > 0
+
+
+def test_ours_is_the_network_of_the_commands_and_ours_torch_that_of_python():
     programs = CASES["forward"](replace(SMALL, programs=("ours", "ours-torch"))).programs
     model = random_network(SMALL, native(SMALL)).eval()
     with torch.no_grad():
@@ -126,7 +136,7 @@ for _ in sys.stdin:
 """
 
 
-def test_trainings_beside_each_other_work_at_the_same_time_and_wait_as_they_should(tmp_path, monkeypatch):
+def test_trainings_beside_each_other_run_at_the_same_time_with_the_right_waiting_policy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setattr(beside, "COMMAND", (sys.executable, "-c", STAND_IN))
@@ -136,13 +146,15 @@ def test_trainings_beside_each_other_work_at_the_same_time_and_wait_as_they_shou
         found[name] = (tmp_path / "log.txt").read_text().split()
         (tmp_path / "log.txt").unlink()
     assert found == {
-        "alone, sleeping": ["PASSIVE", "end"], "beside another, sleeping": ["PASSIVE", "PASSIVE", "end", "end"],
-        "alone, spinning": ["None", "end"], "beside another, spinning": ["None", "None", "end", "end"],
-    }  # fmt: skip
+        "alone, sleeping": ["PASSIVE", "end"],
+        "beside another, sleeping": ["PASSIVE", "PASSIVE", "end", "end"],
+        "alone, spinning": ["None", "end"],
+        "beside another, spinning": ["None", "None", "end", "end"],
+    }
 
 
 @pytest.mark.parametrize(("body", "match"), [("", "before it was ready"), ("print('ready')", "before it was done")])
-def test_a_training_that_ends_ends_the_case(monkeypatch, body, match):
+def test_a_training_that_ends_early_fails_the_case(monkeypatch, body, match):
     monkeypatch.setattr(beside, "COMMAND", (sys.executable, "-c", body))
     with pytest.raises(InputError, match=match):
         measure(CASES["beside"](SMALL), SMALL)
@@ -199,7 +211,7 @@ def test_the_largest_batch_is_one_that_fits(limit, expected):
     assert largest_batch(lambda size: size <= limit) == expected
 
 
-def test_a_batch_that_does_not_fit_is_found_out(monkeypatch):
+def test_a_batch_that_does_not_fit_is_recognised(monkeypatch):
     held = []
 
     def case(settings):
@@ -214,7 +226,7 @@ def test_a_batch_that_does_not_fit_is_found_out(monkeypatch):
     settings = replace(SMALL, programs=("ours",))
     assert largest_batch(lambda batch: _fits("forward", settings, batch)) == 4
     assert held == [1, 1, 2, 2, 4, 4, 8, 6]
-    with pytest.raises(InputError, match="not even one picture"):
+    with pytest.raises(InputError, match="not even one image"):
         largest_batch(lambda batch: False)
 
 
@@ -227,11 +239,11 @@ def test_programs_are_interleaved_and_the_first_calls_are_not_counted():
     order = []
     case = Case("x", {name: lambda name=name: lambda: order.append(name) for name in "ab"})
     results = measure(case, replace(SMALL, rounds=3))
-    assert order == [*"ab", *"ab" * 3]
+    assert order == [*"ab", *"ab", *"ba", *"ab"]  # in turn, and back in every other round
     assert [len(result.seconds) for result in results] == [3, 3]
 
 
-def test_a_program_without_memory_leaves_the_others_their_figures(tmp_path):
+def test_a_program_that_runs_out_of_memory_leaves_the_others_measured(tmp_path):
     def full():
         raise torch.OutOfMemoryError("full")
 
@@ -253,7 +265,7 @@ def test_a_peak_that_cannot_be_measured_is_a_note_beside_the_times(monkeypatch):
     assert "heads of 64; its memory could not be measured" in text
 
 
-def test_compiled_programs_are_called_thrice_before_the_clock_starts():
+def test_compiled_programs_are_called_three_times_before_timing():
     calls = []
     case = Case("x", {"ours-compiled": lambda: lambda: calls.append(0)})
     measure(case, SMALL)
@@ -288,13 +300,35 @@ def test_the_table_says_how_many_times_as_fast_ours_is():
     assert theirs[4] == "2.50 ×"
 
 
-def test_compiling_pays_after_so_many_pictures():
+def test_ratios_are_paired_by_round_and_have_an_interval():
+    """The load doubles from round to round: the medians of the times say nothing, the pairs do."""
+    load = [2.0**i for i in range(8)]
+    ours = result("ours", load, cpu_seconds=[1.0] * 8)
+    theirs = result("other", [t * (1 + 0.01 * i) for i, t in enumerate(load)], cpu_seconds=[1.5] * 8)
+    (line,) = paired_ratios([ours, theirs])
+    assert "other / ours, median ratio of 8 rounds" in line
+    assert "time 1.035 (1.000 … 1.070); CPU time 1.500 (1.500 … 1.500)" in line
+    assert not paired_ratios([result("ours", load[:5]), result("other", load[:5])])  # too few rounds
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    from scipy.stats import binom
+
+    for n in (6, 9, 20, 51):
+        low, high = median_interval(list(range(n, 0, -1)))
+        k = int(low)
+        assert high == n + 1 - k
+        assert 1 - 2 * binom.cdf(k - 1, n, 0.5) >= 0.95 > 1 - 2 * binom.cdf(k, n, 0.5)
+    assert median_interval([1.0] * 5) is None
+
+
+def test_compiling_pays_after_so_many_images():
     text = table([result("ours", [0.3]), replace(result("ours-compiled", [0.2]), first=10.2)])
-    assert "first call 10.20 s; pays after 100 calls, 200 pictures" in text
+    assert "first call 10.20 s; pays after 100 calls, 200 images" in text
     assert "never pays" in table([result("ours", [0.3]), result("ours-compiled", [0.4])])
 
 
-def test_an_older_run_is_compared_where_it_ran_at_the_same_size(tmp_path):
+def test_an_older_measurement_is_compared_at_equal_sizes(tmp_path):
     old = [result("ours", [0.2]), replace(result("diffusers", [9.0]), images=7)]
     write_json(old, tmp_path / "old.json")
     new = [result("ours", [0.1]), result("diffusers", [1.0])]
@@ -322,7 +356,7 @@ def test_a_profile_is_a_trace_and_a_table_of_kernels(tmp_path):
         (["forward"], {"preset": "M/2"}, "unknown preset 'M/2'"),
     ],
 )
-def test_what_is_not_there_is_refused(names, changes, match):
+def test_unknown_cases_programs_and_files_are_refused(names, changes, match):
     with pytest.raises(InputError, match=match):
         run(names, replace(SMALL, **changes))
 
@@ -333,7 +367,7 @@ def test_sizes_are_read_as_height_and_width():
     with pytest.raises(InputError, match="--size 5x"):
         cli.read_size("5x")
     assert [cli.read_batch("4"), cli.read_batch("largest")] == [4, "largest"]
-    with pytest.raises(InputError, match="--batch many: expected a number of pictures, or largest"):
+    with pytest.raises(InputError, match="--batch many: expected a number of images, or largest"):
         cli.read_batch("many")
     with pytest.raises(InputError, match="expected positive numbers"):
         Settings(batch=0)
@@ -346,7 +380,7 @@ def test_sizes_are_read_as_height_and_width():
 
 @pytest.mark.slow
 def test_the_script_prints_a_table_and_memory_and_writes_json(tmp_path):
-    done = run_script(
+    done = run_command(
         "benchmark", "forward", "load", "--preset", "S/2", "--size", "64x32", "--rounds", "1", "--programs", "ours",
         "--json", tmp_path / "x.json",
     )  # fmt: skip

@@ -27,12 +27,12 @@ def test_the_official_resolutions_are_the_table_scaled_exactly(resolution):
     assert all(type(side) is int for bucket in table for side in (bucket.height, bucket.width))
 
 
-def test_alpha_samples_from_33_of_them():
+def test_alpha_uses_33_of_them():
     assert list(SAMPLING_RATIOS_ALPHA) == [float(ratio) for ratio in GOLDEN["sampling_subset"]]
     assert len(SAMPLING_RATIOS_ALPHA) == 33
 
 
-def test_square_is_the_square_alone():
+def test_the_square_table_has_one_bucket():
     assert bucket_table(512, 16, square=True) == [Bucket(1.0, 512, 512)]
 
 
@@ -75,7 +75,7 @@ def test_nearest_bucket_by_hand(height, width, ratio):
 
 
 @given(st.integers(1, 6000), st.integers(1, 6000))
-def test_no_bucket_is_nearer_than_the_nearest(height, width):
+def test_nearest_bucket_has_the_nearest_ratio(height, width):
     best = nearest_bucket(bucket_table(512, 16), height, width).ratio
     assert all(abs(best - height / width) <= abs(ratio - height / width) for ratio in OFFICIAL)
 

@@ -1,4 +1,4 @@
-"""Captions by a tiny random LLaVA: what is written, what a kill leaves, and what is refused."""
+"""Captions by a tiny random LLaVA: what is written, what remains after a kill, and what is refused."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ from pixart.data.config import DataConfig
 from pixart.data.images import load_image
 from pixart.data.sources import make_table, scan
 from pixart.errors import InputError
-from runs import command, environment, make_pictures, run_script
+from runs import command, environment, make_pictures, run_command
 
 CHAT = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
@@ -44,9 +44,13 @@ def make_vision_model(folder: Path, chat: str | None = CHAT, *, tiles: bool = Fa
     images = make_images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **grid)
     make_processor = t.LlavaNextProcessor if tiles else t.LlavaProcessor
     make_processor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=chat,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = t.CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=16)
@@ -160,8 +164,10 @@ def test_the_model_sees_turned_and_transparent_pictures_as_training_does(model, 
     data = DataConfig(str(tmp_path))
     write_captions([data], tmp_path / "c.jsonl", config(model))
     assert seen[0].mode == "RGB"
-    assert (torch.tensor(list(seen[0].tobytes())) == torch.from_numpy(
-        load_image(tmp_path / "a.png", Bucket(1.0, 30, 20)).copy()).flatten()).all()  # fmt: skip
+    assert (
+        torch.tensor(list(seen[0].tobytes()))
+        == torch.from_numpy(load_image(tmp_path / "a.png", Bucket(1.0, 30, 20)).copy()).flatten()
+    ).all()
 
 
 # --------------------------------------------------------------------------------------------------- going on
@@ -198,10 +204,10 @@ def test_a_killed_process_loses_at_most_its_batch_and_the_same_command_goes_on(m
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = path.read_bytes()
-    result = run_script("caption", *line[2:])
+    result = run_command("caption", *line[4:])
     assert result.returncode == 0, result.stderr
     done = before.count(b"\n")
-    assert f"{16 - done} captions written, {done} were there" in result.stdout
+    assert f"{16 - done} captions written, {done} already there" in result.stdout
     assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert {row["id"]: row["llava"] for row in rows(path)} == whole
     assert len(rows(path)) == 16
@@ -239,15 +245,15 @@ def test_bad_pictures_are_listed_and_the_others_captioned(model, pictures, tmp_p
     assert [name for name, _ in report.problems] == ["02.png", "03.png"]
     assert all(reason.startswith("unreadable: ") for _, reason in report.problems)
     assert report.written == 2
-    assert "2 captions written, 0 were there\n  02.png: unreadable: " in report.describe()
+    assert "2 captions written, 0 already there\n  02.png: unreadable: " in report.describe()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": "Say it"}, "of prompt 'Describe .*', asked for is 'Say it'"),
-        ({"max_new_tokens": 6}, "of max_new_tokens 5, asked for is 6"),
-        ({"field": "other"}, "of field 'llava', asked for is 'other'"),
+        ({"prompt": "Say it"}, "made with prompt 'Describe .*', not 'Say it'"),
+        ({"max_new_tokens": 6}, "made with max_new_tokens 5, not 6"),
+        ({"field": "other"}, "made with field 'llava', not 'other'"),
     ],
 )
 def test_captions_of_another_kind_are_not_mixed_in(model, pictures, whole, tmp_path, settings, message):
@@ -268,11 +274,11 @@ def test_two_processes_do_not_write_one_file(model, pictures, tmp_path):
 
 def test_one_id_in_two_sources_is_refused(model, pictures, tmp_path):
     data = DataConfig(str(pictures))
-    with pytest.raises(InputError, match=r"'00\.png' is in another source too"):
+    with pytest.raises(InputError, match=r"'00\.png' is in another source, too"):
         write_captions([data, data], tmp_path / "c.jsonl", config(model))
 
 
-def test_a_model_that_is_not_there_leaves_nothing_in_the_way_of_the_right_one(model, pictures, tmp_path):
+def test_a_missing_model_leaves_no_files_behind(model, pictures, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded"):
         write(pictures, tmp_path / "c.jsonl", tmp_path / "none")
     assert write(pictures, tmp_path / "c.jsonl", model).written == 16
@@ -281,7 +287,7 @@ def test_a_model_that_is_not_there_leaves_nothing_in_the_way_of_the_right_one(mo
 def test_a_model_of_text_alone_is_refused(pictures, tmp_path):
     from runs import make_text_encoder
 
-    with pytest.raises(InputError, match=r"of an image-text-to-text model|of images and text"):
+    with pytest.raises(InputError, match=r"of an image-text-to-text model|both images and text"):
         Captioner.load(config(make_text_encoder(tmp_path / "bert")))
 
 
@@ -319,8 +325,12 @@ def test_wrong_settings_are_refused(changes):
         ((None, None), {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"}, (3, 4)),
         (
             (None, None),
-            {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1",
-             "SLURM_ARRAY_TASK_STEP": "2"},
+            {
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
             (2, 3),
         ),
         ((None, None), {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
@@ -330,8 +340,8 @@ def test_wrong_settings_are_refused(changes):
         ((None, None), {"RANK": "3"}, None),
         ((None, None), {"RANK": "x", "WORLD_SIZE": "8"}, None),
     ],
-)  # fmt: skip
-def test_rank_is_what_is_told_or_torchruns_or_slurms(monkeypatch, told, variables, expected):
+)
+def test_the_rank_comes_from_the_options_or_torchrun_or_slurm(monkeypatch, told, variables, expected):
     for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN",
                  "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""What the scripts share: exit codes, errors as one line, prompt files, contact sheets."""
+"""What the commands share: exit codes, errors as one line, prompt files, contact sheets."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,12 @@ def test_wrong_input_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     assert outcome(failing(InputError("no such thing")), capsys) == (2, "error: no such thing\n")
 
 
-def test_a_library_caller_finds_the_error_where_the_rest_is():
+def test_a_caller_can_import_the_error_from_the_package():
     assert pixart.InputError is InputError
     assert "InputError" in dir(pixart)
 
 
-def test_the_traceback_can_be_asked_for(monkeypatch):
+def test_the_traceback_can_be_requested(monkeypatch):
     monkeypatch.setenv("PIXART_TRACEBACK", "1")
     with pytest.raises(InputError, match="no such thing"):
         cli.run(failing(InputError("no such thing")))
@@ -63,7 +63,7 @@ def test_a_prompt_file_that_is_missing_empty_or_not_utf8_is_refused(tmp_path):
     path.write_text("# only this\n\n")
     with pytest.raises(InputError, match="no prompt in it"):
         cli.read_prompts(path)
-    path.write_bytes(b"caf\xe9")
+    path.write_bytes("кошка".encode("cp1251"))
     with pytest.raises(InputError, match="cannot be read"):
         cli.read_prompts(path)
 

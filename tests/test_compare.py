@@ -40,14 +40,15 @@ def test_the_table_has_what_the_runs_logged_and_names_what_differs(runs):
             assert row[f"at {ratio}"] == f"{[r for r in logged if r['step'] == 6][-1][f'validation_error_{ratio}']:.4g}"
     assert float(table["a"]["GFLOP"]) < float(table["b"]["GFLOP"])
     assert [row for row in rows[4:] if row[0].startswith(("model", "diffusion"))] == [
-        ["model.depth", "2", "3"], ["diffusion.weighting", '"uniform"', '"velocity"'],
-    ]  # fmt: skip
+        ["model.depth", "2", "3"],
+        ["diffusion.weighting", '"uniform"', '"velocity"'],
+    ]
     assert not [row for row in rows[4:] if row[0] == "output"]
     assert "measure another thing in each of these runs (diffusion.weighting differ)" in text
     assert "parameters" in head
 
 
-def test_runs_on_other_pictures_are_said_to_be(runs, tmp_path):
+def test_runs_on_other_images_are_reported(runs, tmp_path):
     other = tmp_path / "c"
     shutil.copytree(runs[0], other)
     assert "other images" not in compare_runs([runs[0], other])

@@ -26,7 +26,7 @@ from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS, PixArtConfig
-from runs import run_script
+from runs import run_command
 from test_model_diffusers import run
 from test_model_golden import GOLDEN
 from test_vae import SMALL, make_reference
@@ -38,8 +38,12 @@ needs_t5 = pytest.mark.skipif(not T5.is_dir(), reason=f"the T5 tokenizer, a test
 
 PLAIN = [{}, {"caption_length": 300}, {"micro_conditions": True}, {"position_scale": 0.5}, {"learn_sigma": False},
          {"in_channels": 16, "patch_size": 4}]  # fmt: skip
-OURS_ALONE = [{"qk_norm": True}, {"kv_compression": "conv", "kv_blocks": (1,)}, {"mlp_ratio": 2.0},
-              {"kv_compression": "uniform", "kv_blocks": (0, 1), "kv_ratio": 4}]  # fmt: skip
+OURS_ALONE = [
+    {"qk_norm": True},
+    {"kv_compression": "conv", "kv_blocks": (1,)},
+    {"mlp_ratio": 2.0},
+    {"kv_compression": "uniform", "kv_blocks": (0, 1), "kv_ratio": 4},
+]
 
 
 def card_of(model, **changes) -> ModelCard:
@@ -65,10 +69,15 @@ def test_the_key_table_is_the_reference_one():
     assert sum(map(len, plain.values())) == 611 - 8
 
 
-@pytest.mark.parametrize("path", [
-    ["official", "diffusers", "official"], ["ours", "diffusers", "ours"], ["official", "ours", "official"],
-    ["diffusers", "official", "ours"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        ["official", "diffusers", "official"],
+        ["ours", "diffusers", "ours"],
+        ["official", "ours", "official"],
+        ["diffusers", "official", "ours"],
+    ],
+)
 @pytest.mark.parametrize("changes", [*PLAIN, *OURS_ALONE])
 def test_round_trips_are_the_identity(changes, path, tmp_path):
     model = tiny_model(**changes)
@@ -156,8 +165,11 @@ RELEASED = [
 
 def write_transformer(folder: Path, size: int, scale: float | None, micro: bool | None, kind: str | None = None):
     """A transformer's folder as converters write it, in a pipeline's of that kind if there is one → our network."""
-    model = tiny_model(latent_size=size, position_scale=scale or max(size // 64, 1),
-                       micro_conditions=size == 128 if micro is None else micro)  # fmt: skip
+    model = tiny_model(
+        latent_size=size,
+        position_scale=scale or max(size // 64, 1),
+        micro_conditions=size == 128 if micro is None else micro,
+    )
     in_diffusers(model).save_pretrained(folder / "transformer")
     edit_json(folder / "transformer" / "config.json", interpolation_scale=scale, use_additional_conditions=micro)
     if kind:
@@ -169,12 +181,15 @@ def write_transformer(folder: Path, size: int, scale: float | None, micro: bool 
 def test_every_released_transformer_of_diffusers_is_read_as_what_it_is(settings, preset, tmp_path):
     model, expected = write_transformer(tmp_path, *settings), PRESETS[preset]
     loaded, card = load_with_card(tmp_path / "transformer")
-    released = {name: getattr(expected, name) for name in ("latent_size", "position_scale", "caption_length",
-                                                           "micro_conditions")}  # fmt: skip
+    released = {
+        name: getattr(expected, name)
+        for name in ("latent_size", "position_scale", "caption_length", "micro_conditions")
+    }
     assert loaded.config == replace(model.config, **released)
     sigma = preset.startswith("sigma")
-    assert (card.vae.scale, card.text.length, card.text.clean) == ((0.13025, 300, False) if sigma else
-                                                                   (0.18215, 120, True))  # fmt: skip
+    assert (card.vae.scale, card.text.length, card.text.clean) == (
+        (0.13025, 300, False) if sigma else (0.18215, 120, True)
+    )
 
 
 @pytest.mark.parametrize("settings", [(64, 1, False), (64, None, False), (32, None, False), (32, 2, False)])
@@ -193,7 +208,7 @@ def test_a_transformer_of_diffusers_that_may_be_alpha_or_sigma_is_not_guessed(se
 
 
 @pytest.mark.parametrize(("name", "length"), [("PixArt-Sigma-XL-2-512-MS", 300), ("PixArt-XL-2-512x512", 120)])
-def test_the_authors_own_repositories_need_not_tell(name, length, tmp_path, monkeypatch):
+def test_the_authors_own_repositories_are_recognised(name, length, tmp_path, monkeypatch):
     write_transformer(tmp_path / "PixArt-alpha" / name, 64, 1, False)
     monkeypatch.chdir(tmp_path)
     assert load_model(f"PixArt-alpha/{name}").config.caption_length == length
@@ -244,11 +259,19 @@ def test_a_new_idea_is_not_exported_as_an_ordinary_pixart(format, tmp_path):
     save(model, card_of(model), tmp_path / "d", "diffusers")
 
 
-def test_an_official_file_is_never_named_as_safetensors(tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{}, {"sample": SampleConfig(steps=7)}, {"diffusion": DiffusionConfig("flow", "velocity")}]
+)
+def test_an_official_file_may_be_of_safetensors(tmp_path, changes):
     model = tiny_model()
-    with pytest.raises(InputError, match=r"x.safetensors: .*name it x.pth, or use --to ours or diffusers"):
-        save(model, card_of(model), tmp_path / "x.safetensors", "official")
-    assert list(tmp_path.iterdir()) == []
+    card = card_of(model, **changes)
+    save(model, card, tmp_path / "x.safetensors", "official")
+    save(model, card, tmp_path / "x.pth", "official")
+    found, expected = load_file(tmp_path / "x.safetensors"), torch.load(tmp_path / "x.pth")["state_dict"]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    (again, read), (_, other) = (load_with_card(tmp_path / name) for name in ("x.safetensors", "x.pth"))
+    assert read == other == card
+    assert_same_weights(again, model)
 
 
 def test_a_pipeline_of_diffusers_samples_epsilon_of_latents_only(tmp_path):
@@ -322,9 +345,10 @@ def test_a_written_pipeline_runs_in_diffusers(kind, changes, parts, tmp_path):
     model = tiny_model(**changes)
     vae, text = parts
     card = card_of(
-        model, vae=AutoencoderConfig("kl", str(vae), 0.18215),
+        model,
+        vae=AutoencoderConfig("kl", str(vae), 0.18215),
         text=TextConfig(str(text), changes["caption_length"], clean=kind == "Alpha", null="empty_own_mask"),
-    )  # fmt: skip
+    )
     save(model, card, tmp_path / "p", "diffusers-pipeline")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "p")
     assert type(pipeline).__name__ == f"PixArt{kind}Pipeline"
@@ -345,8 +369,10 @@ def test_a_written_pipeline_runs_in_diffusers(kind, changes, parts, tmp_path):
     # and comes back
     again, found = load_with_card(tmp_path / "p")
     assert_same_weights(again, model)
-    own = {"vae": replace(card.vae, source=str(tmp_path / "p" / "vae")),
-           "text": replace(card.text, model=str(tmp_path / "p" / "text_encoder"))}  # fmt: skip
+    own = {
+        "vae": replace(card.vae, source=str(tmp_path / "p" / "vae")),
+        "text": replace(card.text, model=str(tmp_path / "p" / "text_encoder")),
+    }
     assert found == replace(card, **own)
     (tmp_path / "p" / "transformer" / "pixart.json").unlink()
     found = load_with_card(tmp_path / "p")[1]
@@ -379,7 +405,7 @@ def test_a_written_pipeline_draws_with_its_own_parts_wherever_it_lies(parts, tmp
     assert len(pipeline("a red fox", config=SampleConfig(steps=2))) == 1
     # another VAE put in its place is not taken for the model's
     edit_json(tmp_path / "moved" / "vae" / "config.json", scaling_factor=0.5)
-    with pytest.raises(InputError, match=r"has scaling factor 0.5, vae.scale is 0.18215"):
+    with pytest.raises(InputError, match=r"has scaling factor 0.5, but vae.scale is 0.18215"):
         Pipeline.from_pretrained(tmp_path / "moved")
 
 
@@ -408,12 +434,12 @@ def test_the_convert_command(tmp_path):
     torch.save({"state_dict": official(raw), "state_dict_ema": official(averaged)}, source)
     told = ["--set", "num_heads=4"]
     for name, options in {"ema": [], "raw": ["--raw"], "half": ["--dtype", "bfloat16", "--ema"]}.items():
-        result = run_script("convert", source, tmp_path / name, "--to", "diffusers", *options, *told)
+        result = run_command("convert", source, tmp_path / name, "--to", "diffusers", *options, *told)
         assert result.returncode == 0, result.stderr
     assert_same_weights(load_model(tmp_path / "ema"), averaged)
     assert_same_weights(load_model(tmp_path / "raw"), raw)
     assert_same_weights(load_model(tmp_path / "half"), averaged.bfloat16())
-    again = run_script("convert", tmp_path / "ema", tmp_path / "raw", "--to", "ours")
+    again = run_command("convert", tmp_path / "ema", tmp_path / "raw", "--to", "ours")
     assert again.returncode == 2
     assert again.stderr.strip().endswith("raw is already there; remove it, or name another target")
     assert len(again.stderr.strip().splitlines()) == 1
@@ -426,13 +452,13 @@ def test_an_official_file_needs_a_null_caption(tmp_path):
         save(*load_with_card(tmp_path / "d"), tmp_path / "x.pth", "official")
     source = save_official(tmp_path / "other.pth", tiny_model(seed=5, caption_length=300))
     arguments = ["convert", tmp_path / "d", tmp_path / "x.pth", "--to", "official", "--null-caption"]
-    result = run_script(*arguments, source)
+    result = run_command(*arguments, source)
     assert result.returncode == 0, result.stderr
     loaded, card = load_with_card(tmp_path / "x.pth")
     assert card.text.null == "empty"
     assert torch.equal(loaded.y_embedder.y_embedding, torch.load(source)["state_dict"][NULL_CAPTION])
     assert torch.equal(loaded.t_block[1].weight, model.t_block[1].weight)
-    result = run_script(*arguments, save_official(tmp_path / "short.pth", tiny_model()))
+    result = run_command(*arguments, save_official(tmp_path / "short.pth", tiny_model()))
     assert result.returncode == 2
     assert "expected a finite null caption of shape (300, 16), found one of shape (12, 16)" in result.stderr
 
@@ -471,10 +497,10 @@ def test_describe_lists_everything_that_would_be_refused(tmp_path):
 def test_the_describe_command(tmp_path):
     model = tiny_model()
     save_model(tmp_path / "m", {**model.state_dict(), NULL_CAPTION: torch.zeros(12, 16)}, ModelCard(model.config))
-    result = run_script("describe", tmp_path / "m")
+    result = run_command("describe", tmp_path / "m")
     assert result.returncode == 0, result.stderr
     assert "null caption      absent" in result.stdout
     assert "refused           convert to official: the model has no null caption" in result.stdout
-    result = run_script("describe", tmp_path / "nothing")
+    result = run_command("describe", tmp_path / "nothing")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no model at ")

@@ -1,7 +1,6 @@
-"""What makes a CPU fast: the products are oneDNN's and the derivatives stay right, threads sleep, memory is kept."""
+"""CPU optimisations: oneDNN's products with correct derivatives, threads that sleep, freed memory that is kept."""
 
 import copy
-import importlib
 import io
 import json
 import os
@@ -15,12 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import pixart
-from pixart import cli, cpu
+from pixart import cli, commands, cpu
 from pixart.cpu import use_onednn, uses_onednn
-from pixart.evaluate.retrieval import Retrieval
 from pixart.model import PixArt, PixArtConfig
 from pixart.train.distributed import shard, whole_model
-from pixart.train.finish import finish
 from pixart.train.loop import train
 from runs import ROOT, build, command, make_pictures, settings, write
 from toy import relative, tiny_inputs, tiny_model
@@ -40,7 +37,7 @@ def products(call) -> list[str]:
 
 
 @needs_both
-def test_every_product_of_the_network_is_onednns_and_torchs_again_when_told():
+def test_use_onednn_replaces_every_product_of_the_network_and_can_be_undone():
     model = tiny_model(micro_conditions=True)
     layers, inputs = sum(type(module) is nn.Linear for module in model.modules()), tiny_inputs(model)
     plain = model(**inputs)
@@ -145,7 +142,7 @@ def test_gradients_of_every_sample_apart_are_those_of_the_samples():
             assert relative(found[name][i], gradient) <= 1e-6
 
 
-def test_the_product_keeps_to_autocast_and_other_dtypes():
+def test_the_product_respects_autocast_and_other_dtypes():
     layer, x = onednn_linear(24, 40), torch.randn(3, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -169,7 +166,7 @@ def test_xl2_is_within_1e_6_of_diffusers_by_torchs_product_and_within_2e_6_by_on
         assert relative(model(**inputs), expected) <= 2e-6
 
 
-def test_python_takes_torchs_product_unless_told():
+def test_python_uses_torchs_product_by_default():
     assert pixart.use_onednn is use_onednn
     assert not uses_onednn(PixArt(PixArtConfig(hidden_size=48, num_heads=4, depth=1)))
 
@@ -186,13 +183,13 @@ def starts(run: Path) -> list[bool]:
     return [json.loads(line)["onednn"] for line in (run / "history.jsonl").read_text().splitlines()]
 
 
-def call(monkeypatch, name: str, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    importlib.import_module(f"pixart.commands.{name}").main()
+def call(name: str, *arguments) -> None:
+    parsed = commands.make_parser(name).parse_intermixed_args(list(map(str, arguments)))
+    commands.load(name).main(parsed)
 
 
 @needs_both
-def test_a_run_records_its_product_and_says_when_it_goes_on_with_another(base, capsys):
+def test_a_run_records_its_product_and_reports_a_change_when_it_resumes(base, capsys):
     result = train(build(base, train__steps=1), onednn=True)
     assert result.onednn
     record = torch.load(result.run / "checkpoints" / "step_00000001" / "training.pt", weights_only=True)
@@ -200,33 +197,20 @@ def test_a_run_records_its_product_and_says_when_it_goes_on_with_another(base, c
     train(build(base, train__steps=2), onednn=True)
     assert "matrix product" not in capsys.readouterr().out
     assert not train(build(base, train__steps=3)).onednn
-    text = "written with oneDNN's matrix product, goes on with torch's: equal to rounding, not bit for bit"
+    text = (
+        "written with oneDNN's matrix product, resumed with torch's: results are equal up to rounding, not bit for bit"
+    )
     assert text in capsys.readouterr().out
     assert starts(result.run) == [True, True, False]
 
 
 @needs_both
-def test_the_training_command_takes_onednn_unless_told_not_to(base, tmp_path, monkeypatch):
+def test_the_training_command_uses_onednn_by_default(base, tmp_path, monkeypatch):
     config = write(tmp_path / "config.yaml", base, train__steps=1)
     for name, options in (("a", []), ("b", ["--no-onednn"])):
-        call(monkeypatch, "train", config, *options, f"output={tmp_path / name}")
+        call("train", config, *options, f"output={tmp_path / name}")
     assert starts(tmp_path / "a") == [True]
     assert starts(tmp_path / "b") == [False]
-
-
-@needs_both
-def test_the_score_at_the_end_of_a_run_is_taken_with_the_runs_product(base, monkeypatch):
-    found = []
-
-    def score(pipeline, *_, **__):
-        found.append(uses_onednn(pipeline.model))
-        return Retrieval(1.0, 8, Path("sheet.png"))
-
-    monkeypatch.setattr("pixart.train.finish.retrieval", score)
-    config = build(base, train__steps=1, evaluate={"retrieval": True})
-    for onednn in (True, False):
-        finish(config, train(config, onednn=onednn))
-    assert found == [True, False]
 
 
 @needs_both
@@ -255,9 +239,9 @@ def test_without_onednn_the_command_samples_what_python_does_bit_for_bit(base, t
         found.append((uses_onednn(pipeline.model), pipeline(prompts, 0, output="latent")))
         return []
 
-    monkeypatch.setattr("pixart.commands.sample.save_samples", sample)
+    monkeypatch.setattr("pixart.inference.generate.save_samples", sample)
     for options in ([], ["--no-onednn"]):
-        call(monkeypatch, "sample", "a red square", "--model", run, "--device", "cpu", *options)
+        call("sample", "a red square", "--model", run, "--device", "cpu", *options)
     assert [onednn for onednn, _ in found] == [True, False]
     assert torch.equal(found[1][1], pixart.Pipeline.from_pretrained(run)(["a red square"], 0, output="latent"))
 
@@ -266,11 +250,11 @@ def test_without_onednn_the_command_samples_what_python_does_bit_for_bit(base, t
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000")])
-def test_threads_of_a_command_do_not_spin_while_they_wait_unless_the_user_says_so(given, expected):
+def test_threads_of_a_command_sleep_while_they_wait_unless_the_environment_says_otherwise(given, expected):
     # libgomp itself says what it read when it was loaded
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment |= {**given, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"}
-    done = subprocess.run(command("describe", "--help"), env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command("describe", "/nowhere"), env=environment, capture_output=True, text=True)
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch's OpenMP is not libgomp")
     assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
@@ -280,7 +264,7 @@ def test_threads_of_a_command_do_not_spin_while_they_wait_unless_the_user_says_s
 
 PROBE = """
 import json, resource, torch
-from pixart.benchmark.measure import resident
+from pixart.train.throughput import resident
 from pixart.cpu import give_memory_back, keep_freed_memory
 if KEEP:
     assert keep_freed_memory()
@@ -326,7 +310,7 @@ def test_without_asking_the_same_work_touches_its_pages_again_and_again():
 @pytest.mark.parametrize("keep", [True, False])
 def test_commands_keep_their_memory_unless_they_say_otherwise(monkeypatch, keep):
     asked = []
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: asked.append(True))
     with pytest.raises(SystemExit):
         cli.run(lambda: 0, keep_memory=keep)
     assert asked == [True] * keep

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pixart.data import images
 from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.config import DataConfig
@@ -85,8 +86,12 @@ def test_a_sample_depends_on_nothing_but_seed_epoch_and_id(make, records, captio
 def test_another_epoch_seed_or_id_has_other_randomness(make, records, captions):
     moved = [dataclasses.replace(records[5], id="other.png")]
     base = make()[0, 5]
-    others = [make()[1, 5], make(seed=1)[0, 5], make()[0, 6],
-              ImageDataset(moved, captions, Drawing(0), latent_channels=4, downsample=8)[0, 0]]  # fmt: skip
+    others = [
+        make()[1, 5],
+        make(seed=1)[0, 5],
+        make()[0, 6],
+        ImageDataset(moved, captions, Drawing(0), latent_channels=4, downsample=8)[0, 0],
+    ]
     for other in others:
         for name in RANDOM:
             assert not np.array_equal(base[name], other[name]), name
@@ -240,7 +245,8 @@ def test_an_unreadable_picture_gets_weight_zero_and_is_named(picture_record, mon
     elif damage == "truncated":
         record.picture.write_bytes(record.picture.read_bytes()[:1500])
     else:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        monkeypatch.setattr(images, "MAX_PIXELS", 100)
+        record = dataclasses.replace(record, height=1, width=1)
     good = picture_record(8, 8, name="good.png") if damage != "bomb" else dataclasses.replace(record, id="also.png")
     dataset = ImageDataset(
         [record, good], Captions([torch.ones(2, 3)], {"a": 0}), Drawing(0), latent_channels=4, downsample=8, cache=True
@@ -255,7 +261,7 @@ def test_an_unreadable_picture_gets_weight_zero_and_is_named(picture_record, mon
     assert batch.pixels.shape == (2, 3, 16, 16)
 
 
-def test_a_picture_that_is_back_is_used_again_with_a_cache(picture_record):
+def test_an_image_that_can_be_read_again_is_used_again_with_a_cache(picture_record):
     record = picture_record()
     content = record.picture.read_bytes()
     record.picture.write_bytes(b"")
@@ -268,7 +274,7 @@ def test_a_picture_that_is_back_is_used_again_with_a_cache(picture_record):
     assert dataset[0, 0]["problem"] is None
 
 
-def test_of_several_captions_each_is_taken_as_often(picture_record):
+def test_several_captions_are_drawn_equally_often(picture_record):
     names = ("a", "b", "c")
     captions = Captions([torch.full((1, 2), float(i)) for i in range(3)], {name: i for i, name in enumerate(names)})
     dataset = ImageDataset([picture_record(captions=names)], captions, Drawing(0), latent_channels=1, downsample=16)
@@ -280,9 +286,12 @@ def test_micro_conditions_are_the_original_size_and_the_buckets_rounded_ratio(pi
     table = bucket_table(256, 16)
     bucket = next(b for b in table if b.ratio == 0.57)
     dataset = ImageDataset(
-        [picture_record(190, 110, bucket)], Captions([torch.ones(1, 2)], {"a": 0}), Drawing(0), latent_channels=4,
+        [picture_record(190, 110, bucket)],
+        Captions([torch.ones(1, 2)], {"a": 0}),
+        Drawing(0),
+        latent_channels=4,
         downsample=8,
-    )  # fmt: skip
+    )
     batch = collate([dataset[0, 0]])
     assert batch.size.tolist() == [[110.0, 190.0]]  # height, width
     assert batch.aspect_ratio.tolist() == [np.float32(0.57)]  # not 192 / 336
@@ -290,7 +299,7 @@ def test_micro_conditions_are_the_original_size_and_the_buckets_rounded_ratio(pi
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.1, 0.2), (1 / 3, 1 / 3, 1 / 3)])
-def test_each_caption_is_taken_as_often_as_its_weight_says(picture_record, weights):
+def test_captions_are_drawn_in_proportion_to_their_weights(picture_record, weights):
     captions = Captions([torch.full((2, WIDTH), float(i)) for i in range(3)], {"a": 0, "b": 1, "c": 2})
     record = dataclasses.replace(picture_record(captions=("a", "b", "c")), weights=weights)
     dataset = ImageDataset([record], captions, Drawing(0), latent_channels=1, downsample=16, cache=True)
@@ -313,8 +322,10 @@ def test_collate_pads_captions_with_zeros_and_masks_the_padding():
     assert batch.caption.dtype == torch.bfloat16
     assert batch.caption_mask.dtype == torch.bool
     assert batch.caption_mask.tolist() == [
-        [True, True, False, False, False], [True] * 5, [True, False, False, False, False],
-    ]  # fmt: skip
+        [True, True, False, False, False],
+        [True] * 5,
+        [True, False, False, False, False],
+    ]
     assert torch.equal(batch.caption[1], sample(5)["caption"])
     assert torch.equal(batch.caption[0, :2], sample(2)["caption"])
     assert (batch.caption[~batch.caption_mask] == 0).all()
@@ -351,7 +362,7 @@ def test_moving_and_pinning_a_batch_keep_every_field(monkeypatch):
             assert torch.equal(getattr(held, field.name), value)
         else:
             assert getattr(moved, field.name) == getattr(held, field.name) == value
-    assert len(pinned) == sum(isinstance(getattr(batch, f.name), torch.Tensor) for f in dataclasses.fields(Batch)) == 10
+    assert len(pinned) == sum(isinstance(getattr(batch, f.name), torch.Tensor) for f in dataclasses.fields(Batch)) == 11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,10 @@ from pixart.errors import InputError
 from toy import relative, toy_network
 
 LINEAR, COSINE, FLOW = DiscreteSchedule.linear(), DiscreteSchedule.cosine(), FlowSchedule()
-PREDICTIONS = [(LINEAR, "epsilon"), (LINEAR, "v"), (COSINE, "x0"), (FLOW, "velocity"), (FLOW, "x0")]
+PREDICTIONS = [
+    (LINEAR, "epsilon"), (LINEAR, "v"), (LINEAR, "velocity"), (COSINE, "x0"),
+    (FLOW, "velocity"), (FLOW, "v"), (FLOW, "x0"),
+]  # fmt: skip
 SHAPE = (4, 3, 6, 6)
 
 
@@ -46,14 +49,14 @@ def test_coefficients_at_whole_times_are_the_tables_and_between_them_log_linear(
 
 
 @pytest.mark.parametrize(("schedule", "prediction"), PREDICTIONS)
-def test_a_perfect_output_has_no_loss_and_gives_the_picture_back(schedule, prediction):
+def test_a_perfect_output_has_no_loss_and_gives_back_the_image(schedule, prediction):
     x0, noise, t = draw(0), draw(1), times_for(schedule)
     config = DiffusionConfig("flow" if schedule is FLOW else "linear", prediction)
     alpha, sigma = schedule.alpha_sigma_of(t)
     target = prediction_target(prediction, x0, noise, alpha, sigma)
     assert diffusion_loss(schedule, config, target, x0, noise, t)["loss"].abs().max() == 0
     x_t = schedule.add_noise(x0, noise, t)
-    assert relative(to_x0(prediction, x_t, target, alpha, sigma), x0) <= 2e-5  # ε amplifies rounding by σ/α
+    assert relative(to_x0(config, x_t, target, alpha, sigma), x0) <= 2e-5  # ε amplifies rounding by σ/α
     for row in range(4):  # and so does a denoiser, with ε beside it
         network = lambda x, t, row=row: target[row : row + 1]  # noqa: E731
         result = make_denoise(network, schedule, config)(x_t[row : row + 1], float(t[row]))
@@ -66,20 +69,22 @@ def test_min_snr_and_velocity_weights_measure_one_error_whatever_is_predicted(sc
     x0, noise, t = draw(0), draw(1), times_for(schedule)
     alpha, sigma = schedule.alpha_sigma_of(t)
     x_t, error = schedule.add_noise(x0, noise, t), draw(2)
+    config = DiffusionConfig("flow" if schedule is FLOW else "linear", prediction)
     # an output whose x0 errs by `error`, found from the linearity of to_x0
     clean = prediction_target(prediction, x0, noise, alpha, sigma)
-    slope = to_x0(prediction, x_t, clean + 1, alpha, sigma) - to_x0(prediction, x_t, clean, alpha, sigma)
+    slope = to_x0(config, x_t, clean + 1, alpha, sigma) - to_x0(config, x_t, clean, alpha, sigma)
     output = clean + error / slope
     snr = (alpha / sigma)[:, 0, 0, 0] ** 2
-    per_picture = error.square().flatten(1).mean(1)
+    per_image = error.square().flatten(1).mean(1)
     kind = "flow" if schedule is FLOW else "linear"
     for weighting, gamma, weight in (
-        ("min_snr", 5.0, snr.clamp(max=5)), ("min_snr", 0.5, snr.clamp(max=0.5)),
+        ("min_snr", 5.0, snr.clamp(max=5)),
+        ("min_snr", 0.5, snr.clamp(max=0.5)),
         ("velocity", 5.0, 1 / sigma[:, 0, 0, 0] ** 2),
-    ):  # fmt: skip
+    ):
         config = DiffusionConfig(kind, prediction, weighting=weighting, min_snr_gamma=gamma)
         loss = diffusion_loss(schedule, config, output, x0, noise, t)["loss"]
-        assert torch.allclose(loss, weight * per_picture, rtol=2e-4)
+        assert torch.allclose(loss, weight * per_image, rtol=2e-4)
 
 
 def test_min_snr_is_the_papers_for_epsilon():
@@ -110,9 +115,12 @@ def test_training_times_have_the_distribution_they_are_said_to_have():
 def test_a_larger_uniform_number_is_a_noisier_time(kind):
     flow = kind in ("flow", "logit_normal")
     config = DiffusionConfig(
-        "flow" if flow else kind, "velocity" if flow else "epsilon", logit_mean=0.5, logit_std=1.5,
+        "flow" if flow else kind,
+        "velocity" if flow else "epsilon",
+        logit_mean=0.5,
+        logit_std=1.5,
         times="logit_normal" if kind == "logit_normal" else "uniform",
-    )  # fmt: skip
+    )
     schedule, uniform = make_schedule(config), torch.tensor([0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999])
     t = schedule.draw_times(uniform, config)
     sigma = schedule.alpha_sigma_of(t)[1].flatten()
@@ -270,9 +278,12 @@ def test_every_sampler_runs_by_name_and_reports_each_step(name):
     seen = []
     result = sample(
         make_denoise(lambda x, t: x * 0.5, schedule, diffusion),
-        draw(0), schedule, SampleConfig(sampler=name, steps=5), [torch.Generator() for _ in range(4)],
+        draw(0),
+        schedule,
+        SampleConfig(sampler=name, steps=5),
+        [torch.Generator() for _ in range(4)],
         lambda step, x, x0: seen.append((step, x.shape, x0.shape)),
-    )  # fmt: skip
+    )
     assert torch.isfinite(result).all()
     assert seen == [(i, SHAPE, SHAPE) for i in range(5)]
 
@@ -303,7 +314,7 @@ def test_a_sampler_that_does_not_fit_is_refused(config, flow, match):
     ("dpm_solver", 2), ("iddpm", 2), ("ddim", 1000), ("sa_solver", 1), ("lcm", 50), ("dmd", 1), ("euler", 1),
     ("heun", 1),
 ])  # fmt: skip
-def test_what_resolve_lets_through_a_sampler_takes(name, steps):
+def test_samplers_accept_everything_that_resolve_accepts(name, steps):
     flow = name in ("euler", "heun")
     diffusion = DiffusionConfig("flow", "velocity") if flow else DiffusionConfig()
     schedule = make_schedule(diffusion)
@@ -316,8 +327,10 @@ def test_what_resolve_lets_through_a_sampler_takes(name, steps):
     "make",
     [
         lambda: DiffusionConfig("flow", "epsilon"),
-        lambda: DiffusionConfig("linear", "velocity"),
-        lambda: DiffusionConfig("linear", times="logit_normal"),
+        lambda: DiffusionConfig(weighting="certainty"),
+        lambda: DiffusionConfig("linear", "velocity", contrast=0.05),
+        lambda: DiffusionConfig("flow", "x0", contrast=0.05),
+        lambda: DiffusionConfig("flow", "velocity", contrast=0.05, weighting="min_snr"),
         lambda: DiffusionConfig(prediction="v", weighting="snr_switch"),
         lambda: SampleConfig(steps=0),
         lambda: SampleConfig(rescale=2.0),
@@ -325,12 +338,14 @@ def test_what_resolve_lets_through_a_sampler_takes(name, steps):
         lambda: LINEAR.respace(1001),
         lambda: ddim(toy_denoise(), draw(0), LINEAR, chain_times(LINEAR, 10), eta=1.0),
         lambda: make_denoise(lambda x, t: x[:, :2], LINEAR, DiffusionConfig())(draw(0), 5.0),
-        lambda: diffusion_loss(FLOW, DiffusionConfig("flow", "velocity"), draw(0, (4, 6, 6, 6)), draw(0), draw(1),
-                               torch.ones(4)),
-        lambda: diffusion_loss(LINEAR, DiffusionConfig(), draw(0, (4, 5, 6, 6)), draw(0), draw(1),
-                               torch.ones(4).long()),
+        lambda: diffusion_loss(
+            FLOW, DiffusionConfig("flow", "velocity"), draw(0, (4, 6, 6, 6)), draw(0), draw(1), torch.ones(4)
+        ),
+        lambda: diffusion_loss(
+            LINEAR, DiffusionConfig(), draw(0, (4, 5, 6, 6)), draw(0), draw(1), torch.ones(4).long()
+        ),
     ],
-)  # fmt: skip
-def test_settings_without_meaning_are_refused(make):
+)
+def test_meaningless_settings_are_refused(make):
     with pytest.raises(InputError):
         make()

@@ -105,9 +105,12 @@ def test_dpm_solver_is_the_official_one(ending, order, steps):
 
     config = DiffusionConfig()
     denoise = guide(
-        make_denoise(toy_network(golden["in.c"]), LINEAR, config), None, LINEAR, 4.5,
+        make_denoise(toy_network(golden["in.c"]), LINEAR, config),
+        None,
+        LINEAR,
+        4.5,
         together=make_denoise(network, LINEAR, config),
-    )  # fmt: skip
+    )
     result = dpm_solver(denoise, golden["in.x"], LINEAR, uniform(LINEAR, steps), order=order, ending=ending)
     assert relative(result, golden[f"out.{ending}.multistep.time_uniform.o{order}.s{steps}"]) <= 5e-6
     times = golden["model_t.alpha.s14" if steps == 14 else "model_t.sigma.s20"]

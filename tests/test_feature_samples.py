@@ -1,4 +1,4 @@
-"""Samples of feature stores: which numbers a latent is made of, of which sample and variant, under which caption."""
+"""Samples of feature stores: from which stored values, sample, variant and caption each is made."""
 
 import numpy as np
 import pytest

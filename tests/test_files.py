@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and lines of JSON survive whatever tore the last one."""
+"""Files are written completely or not at all, and JSON lines survive an incomplete last line."""
 
 import json
 import math

@@ -20,20 +20,31 @@ CASES = {
     "one caption token, no variance": (replace(PRESETS["B/2"], learn_sigma=False, in_channels=3), 32, 16, 9),
     "KV compression by convolution": (COMPRESSED, 128, 96, 300),
     "by picking, an odd grid, qk-norm": (
-        replace(COMPRESSED, kv_compression="uniform", qk_norm=True, kv_ratio=4), 54, 70, 300,
+        replace(COMPRESSED, kv_compression="uniform", qk_norm=True, kv_ratio=4),
+        54,
+        70,
+        300,
     ),
     "by convolution, an odd grid": (replace(COMPRESSED, kv_ratio=4), 54, 70, 300),
+    "adaLN per block, RMSNorm": (replace(PRESETS["B/2"], conditioning="adaln_per_block", norm="rms_norm"), 32, 32, 120),
+    "DiT": (replace(PRESETS["XL/2"], conditioning="dit"), 32, 32, 1),
+    "a time token, RoPE": (replace(PRESETS["B/2"], conditioning="time_token", positions="rope2d"), 32, 48, 120),
+    "learned positions, SwiGLU": (replace(PRESETS["L/2"], positions="learned", mlp="swiglu"), 48, 32, 120),
+    "by every fourth token": (replace(COMPRESSED, kv_compression="uniform_every", kv_ratio=4), 64, 64, 300),
+    "by the mean, qk-RMSNorm": (replace(COMPRESSED, kv_compression="ave", qk_norm="rms_norm"), 64, 64, 300),
     "a fractional MLP ratio": (replace(PRESETS["S/2"], mlp_ratio=2.7), 32, 32, 20),
-}  # fmt: skip
+}
 
 
-def counted(config, height: int, width: int, length: int, batch: int, *, train: bool = False) -> int:
+def counted(config, height: int, width: int, length: int, batch: int, *, train: bool = False, **given) -> int:
     with torch.device("meta"):
         model = PixArt(config)
         inputs = [
-            torch.empty(batch, config.in_channels, height, width), torch.empty(batch),
-            torch.empty(batch, length, config.caption_channels), torch.ones(batch, length, dtype=torch.bool),
-        ]  # fmt: skip
+            torch.empty(batch, config.in_channels, height, width),
+            torch.empty(batch),
+            torch.empty(batch, length, config.caption_channels),
+            torch.ones(batch, length, dtype=torch.bool),
+        ]
         if config.micro_conditions:
             inputs += [torch.empty(batch, 2), torch.empty(batch)]
         # exactly the products that our formula means: a fused attention's backward repeats one of them
@@ -41,10 +52,29 @@ def counted(config, height: int, width: int, length: int, batch: int, *, train: 
             FlopCounterMode(display=False) as counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         ):
-            output = model(*inputs)
+            output = model(*inputs, **{name: value.to("meta") for name, value in given.items()})
             if train:
                 output.sum().backward()
     return counter.get_total_flops()
+
+
+def test_flops_of_routed_tokens_equal_torchs_count():
+    config = replace(PRESETS["B/2"], routing="tread", route_blocks=(2, 8), route_ratio=0.5)
+    found = forward_flops(config, 32, 48, 120, batch=2, conditions={"route": (16 * 24,)})
+    assert found == counted(config, 32, 48, 120, 2, route=torch.rand(2, 16 * 24))
+    usual = forward_flops(replace(config, routing=None), 32, 48, 120, batch=2)
+    assert found < 0.75 * usual  # 7 of 12 blocks have half of the tokens
+    assert forward_flops(config, 32, 48, 120, batch=2) == usual
+
+
+def test_adaln_single_has_the_papers_fewer_parameters():
+    """PixArt-α, section 2.3: 26 % fewer than with adaLN in every block."""
+    with torch.device("meta"):
+        single, per_block = (
+            sum(p.numel() for p in PixArt(replace(PRESETS["XL/2"], conditioning=kind)).parameters())
+            for kind in ("adaln_single", "adaln_per_block")
+        )
+    assert 1 - single / per_block == pytest.approx(0.26, abs=0.01)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -193,7 +193,7 @@ def test_an_image_keeps_its_size_or_is_fitted_to_the_one_asked_for(pipelines, tm
     pipeline = pipelines["pixels"]  # 8 px native, in steps of 2
     photo(10, 6).save(tmp_path / "image.png")
     assert pipeline("two", image=tmp_path / "image.png")[0].size == (6, 10)
-    with pytest.raises(InputError, match="size 11 × 7 px: both sides must be multiples of 2; or ask for sizes 'offic"):
+    with pytest.raises(InputError, match="size 11 × 7 px: both sides must be multiples of 2; or set sizes to 'offic"):
         pipeline("two", image=photo(11, 7))
     official = pipeline("two", image=photo(22, 14), sizes="official", strength=0.2)[0]
     assert official.size == (6, 10)  # of the table at 8 px, ratio 1.67 to 11 / 7 = 1.57
@@ -213,7 +213,7 @@ def test_an_image_is_turned_as_its_exif_says_and_what_is_transparent_is_white_sa
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         drawn = pipeline(["a", "b"], image=[clear, clear.copy()], mask=Image.new("L", (8, 8)))
-    assert [str(w.message) for w in said] == ["image: what is transparent in it becomes white"]
+    assert [str(w.message) for w in said] == ["image: its transparent parts become white"]
     assert set(drawn[0].tobytes()) == {255}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -229,7 +229,7 @@ def test_an_image_is_turned_as_its_exif_says_and_what_is_transparent_is_white_sa
         ({"strength": 0.1}, "strength 0.1 of 5 steps leaves none; raise strength or steps"),
         ({"image": None, "strength": 0.5}, "strength without an image"),
         ({"image": None, "mask": Image.new("L", (8, 8))}, "mask without an image"),
-        ({"mask": Image.new("L", (8, 10))}, "mask: it is 10 × 8 px, the image 8 × 8 px; expected one as large"),
+        ({"mask": Image.new("L", (8, 10))}, "mask: it is 10 × 8 px, the image 8 × 8 px; expected the same size"),
         ({"mask": torch.full((8, 8), 2.0)}, "mask: got values from 2 to 2, expected 0 to 1"),
         ({"image": "FILE"}, "FILE: cannot be read as an image"),
         ({"image": "/nowhere.png"}, r"image /nowhere.png: cannot be read as an image \(No such file"),
@@ -238,11 +238,11 @@ def test_an_image_is_turned_as_its_exif_says_and_what_is_transparent_is_white_sa
         ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "and uint8, expected pixels"),
         ({"image": torch.zeros(3, 8, 10), "height": 8}, "a tensor of 8 × 10 px is not resized to 8 × 8 px"),
         ({"image": [photo(8, 8)] * 3}, "image: got 3 for 2 prompts, expected one, or one for each"),
-        ({"latents": torch.zeros(2, 3, 8, 8)}, "image and latents: both are where to start from"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "image and latents: both say what to start from"),
         ({"image": None, "latents": torch.zeros(3, 3, 8, 8)}, "latents: got 3 for 2 prompts"),
         ({"image": None, "latents": torch.zeros(1, 4, 8, 8)}, r"latents: got shape \(4, 8, 8\) and float32, expected"),
         ({"image": None, "latents": torch.zeros(1, 3, 8, 8), "height": 10}, "latents: 8 × 8 px cannot be resized"),
-        ({"sampler": "dmd", "steps": 1, "guidance": 1}, "'dmd' is for one step from noise and cannot start from"),
+        ({"sampler": "dmd", "steps": 1, "guidance": 1}, "'dmd' does one step from noise and cannot start from"),
     ],
 )
 def test_what_cannot_be_started_from_is_refused_before_anything_is_encoded(

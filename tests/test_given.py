@@ -1,4 +1,4 @@
-"""Training on what the caller brings: samples, a network, an objective; told of every step, stopped when it says so."""
+"""Training with the caller's samples, network, objective and callbacks."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.data.samples import Draws
 from pixart.data.training_set import load_images
-from pixart.diffusion.losses import per_picture
+from pixart.diffusion.losses import per_image
 from pixart.diffusion.objective import Denoising, Objective
 from pixart.encoders.autoencoder import IdentityAutoencoder
 from pixart.errors import InputError
@@ -38,7 +38,7 @@ def make_samples(count: int = 8, channels: int = 3, kind: str = "latents") -> li
             "caption": torch.randn(2 + i % 4, 16, generator=generator),
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 class Mine(torch.utils.data.Dataset):
@@ -73,7 +73,7 @@ class Weighted(Objective):
     def forward(self, network, example):
         t = self.schedule.draw_times(example.draws["second"], self.config)
         x_t = self.schedule.add_noise(example.x0, example.noise, t)
-        found = per_picture((network(x_t, t, **example.inputs) - example.x0) ** 2)
+        found = per_image((network(x_t, t, **example.inputs) - example.x0) ** 2)
         gain = self.trained["gain"](torch.ones(1, 1, device=found.device)).squeeze()
         return {"loss": self.scale * found * gain.exp() - gain, "second": example.draws["second"]}
 
@@ -128,13 +128,16 @@ def test_samples_given_train_as_the_same_images_from_a_folder(tmp_path, text_enc
     images += [data.held_out.dataset[0, i] for i in range(len(data.held_out))]
     brought = [{name: image[name] for name in ("id", "pixels", "caption")} for image in images]
     brought.sort(key=lambda sample: sample["id"])
-    given = build(change(made, output=str(tmp_path / "given"), data__folder="", data__validation=0.2,
-                         train__validate_every=6))  # fmt: skip
+    given = build(
+        change(made, output=str(tmp_path / "given"), data__folder="", data__validation=0.2, train__validate_every=6)
+    )
     with_ids = type("Set", (list,), {"ids": [sample["id"] for sample in brought]})(brought)
     one, other = train(config), train(given, data=with_ids)
     assert_equal(weights(one.run), weights(other.run))
-    rows = [[row["validation_error"] for row in read_rows(run / "metrics.jsonl") if "validation_error" in row]
-            for run in (one.run, other.run)]  # fmt: skip
+    rows = [
+        [row["validation_error"] for row in read_rows(run / "metrics.jsonl") if "validation_error" in row]
+        for run in (one.run, other.run)
+    ]
     assert rows[0] == rows[1]
     assert one.data.fingerprint == other.data.fingerprint
 
@@ -150,8 +153,9 @@ def test_a_data_set_of_two_sizes_that_knows_the_epoch_goes_on_bit_for_bit(base, 
 
 
 def test_samples_of_pixels_go_through_the_autoencoder_and_arrays_to_network_and_objective(base):
-    samples = [{**sample, "targets": {"label": torch.tensor(i)}}
-               for i, sample in enumerate(make_samples(kind="pixels"))]  # fmt: skip
+    samples = [
+        {**sample, "targets": {"label": torch.tensor(i)}} for i, sample in enumerate(make_samples(kind="pixels"))
+    ]
     seen = []
 
     class Looks(Denoising):
@@ -201,10 +205,9 @@ def bad(**changes):
         (make_samples(), {"data__folder": "images"}, r"data.folder.*leave"),
         (make_samples(), {"data__flip": True}, r"data.flip.*leave"),
         (make_samples(), {"data__targets": {"colours": "patch_colours"}}, r"targets.*colours"),
-        (make_samples(), {"evaluate": {"retrieval": True}}, "evaluate.retrieval"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_trained_on_is_one_line_before_any_work(base, data, changes, match):
+)
+def test_unusable_samples_are_refused_in_one_line_before_any_work(base, data, changes, match):
     config = build(base, **changes)
     with pytest.raises(InputError, match=match) as caught:
         train(config, data=data)
@@ -222,7 +225,7 @@ def test_a_batch_of_samples_of_different_sizes_asks_for_buckets(base):
         train(build(base), data=samples)
     samples = Mine()
     samples.ids = ["a"] * 8
-    with pytest.raises(InputError, match="ids: 'a' stands 8 times"):
+    with pytest.raises(InputError, match="ids: 'a' is there 8 times"):
         train(build(base), data=samples)
 
 
@@ -241,7 +244,7 @@ def test_without_a_folder_a_config_asks_for_data(base):
         train(build(base, data__resolution=8))
 
 
-def test_other_samples_under_a_run_are_told_and_noted(base, capsys):
+def test_a_change_of_a_runs_samples_is_reported_and_recorded(base, capsys):
     config = build(base)
     train(replace(config, train=replace(config.train, steps=2)), data=make_samples())
     capsys.readouterr()
@@ -283,7 +286,7 @@ def test_a_run_goes_on_from_its_own_weights_whatever_network_is_given(base, tmp_
     assert_equal(weights(whole.run), weights(again.run))
 
 
-def test_networks_that_no_run_can_have_are_one_line(base):
+def test_impossible_networks_are_refused_in_one_line(base):
     class Larger(PixArt):
         def __init__(self, config):
             super().__init__(config)
@@ -319,7 +322,7 @@ def test_an_objective_given_is_trained_saved_and_goes_on_and_the_run_says_which_
         train(replace(cut, objective=replace(cut.objective, name="python:test_given.other")), data=make_samples())
 
 
-def test_an_instance_of_an_objective_keeps_its_weights(base):
+def test_an_objective_instance_keeps_its_weights(base):
     model = own_model()
     objective = Weighted(build(base).diffusion, model)
     with torch.no_grad():
@@ -347,8 +350,9 @@ def test_every_step_is_told_with_numbers_that_are_still_on_the_device(base):
         steps.append((step, report.loss.item(), report.grad_norm.item(), report.images.item(), report.outcome.item()))
 
     result = train(build(base), data=make_samples(), on_step=on_step)
-    logged = [(row["step"], row["loss"], row["grad_norm"]) for row in read_rows(result.run / "metrics.jsonl")
-              if "loss" in row]  # fmt: skip
+    logged = [
+        (row["step"], row["loss"], row["grad_norm"]) for row in read_rows(result.run / "metrics.jsonl") if "loss" in row
+    ]
     assert sum((step[:3] for step in steps), ()) == pytest.approx(sum(logged, ()))
     assert [step[3:] for step in steps] == [(4.0, 0.0)] * 4
 
@@ -357,8 +361,11 @@ def test_a_step_is_told_before_anything_waits_for_its_numbers(base, monkeypatch)
     order: list = []
     read = health.read_results
     monkeypatch.setattr(health, "read_results", lambda results: order.append("read") or read(results))
-    train(build(base, train__log_every=2, train__save_every=0), data=make_samples(),
-          on_step=lambda step, _: order.append(step))  # fmt: skip
+    train(
+        build(base, train__log_every=2, train__save_every=0),
+        data=make_samples(),
+        on_step=lambda step, _: order.append(step),
+    )
     assert order[:3] == [1, 2, "read"]
 
 
@@ -366,8 +373,12 @@ def test_a_run_stops_when_asked_and_saves_in_a_thread_too(base):
     found = {}
 
     def work():
-        found["result"] = train(build(base), data=make_samples(), should_stop=lambda: len(seen) >= 2,
-                                on_step=lambda step, _: seen.append(step))  # fmt: skip
+        found["result"] = train(
+            build(base),
+            data=make_samples(),
+            should_stop=lambda: len(seen) >= 2,
+            on_step=lambda step, _: seen.append(step),
+        )
 
     seen: list[int] = []
     thread = threading.Thread(target=work)
@@ -395,8 +406,10 @@ def test_wrong_types_are_one_line(base, arguments, match):
 
 
 def test_a_numpy_array_is_as_good_as_a_tensor(base):
-    samples = [{**sample, "latents": sample["latents"].numpy(), "caption": sample["caption"].numpy()}
-               for sample in make_samples()]  # fmt: skip
+    samples = [
+        {**sample, "latents": sample["latents"].numpy(), "caption": sample["caption"].numpy()}
+        for sample in make_samples()
+    ]
     assert isinstance(samples[0]["latents"], np.ndarray)
     one = train(build(base), data=samples)
     other = train(build(base, output=f"{base['output']}2"), data=make_samples())

@@ -1,4 +1,4 @@
-"""What is claimed of a GPU, where there is one: the numbers of the CPU, no waiting, exact resume, every sampler."""
+"""Claims about GPUs, tested if there is one: the numbers of the CPU, no synchronisation, exact resume, all samplers."""
 
 import copy
 import shutil
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from chaos import tensors
-from pixart.benchmark.training import random_batch
 from pixart.checkpoint import ModelCard
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.diffusion.sampling import SampleConfig
@@ -20,6 +19,7 @@ from pixart.inference.latents import sample_latents
 from pixart.model import PRESETS, PixArt
 from pixart.train.distributed import Processes
 from pixart.train.loop import train
+from pixart.train.random_batch import random_batch
 from pixart.train.setup import build_state, make_accelerator
 from pixart.train.step import read_results, train_step
 from runs import ROOT, build, settings
@@ -103,9 +103,12 @@ def test_every_sampler_ends_where_it_does_on_the_cpu_and_never_waits(sampler):
 def test_a_training_step_never_waits_for_the_device(tmp_path, precision, schedule):
     learned = schedule == "linear"
     config = build(
-        base(tmp_path), train__mixed_precision=precision, train__deterministic=False, model__learn_sigma=learned,
+        base(tmp_path),
+        train__mixed_precision=precision,
+        train__deterministic=False,
+        model__learn_sigma=learned,
         diffusion={"schedule": schedule, "prediction": "epsilon" if learned else "x0"},
-    )  # fmt: skip
+    )
     accelerator = make_accelerator(config)
     state = build_state(config, accelerator, Processes(accelerator, 60), None, fresh=True)
     batch = random_batch(config).to("cuda")

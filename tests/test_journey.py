@@ -15,7 +15,7 @@ from checkpoints import save_official
 from pixart.checkpoint.files import checkpoints
 from pixart.checkpoint.keys import NULL_CAPTION
 from pixart.model import PixArt
-from runs import ROOT, run_script
+from runs import ROOT, run_command
 from toy import TINY, relative, tiny_model
 
 
@@ -42,9 +42,14 @@ def make_vae(folder: Path) -> Path:
 
     torch.manual_seed(1)
     diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
-    ).save_pretrained(folder)  # fmt: skip
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.18215,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -60,7 +65,7 @@ def take_pictures(source: Path, folder: Path, count: int) -> Path:
 
 
 def run(script: str, *arguments) -> str:
-    done = run_script(script, *arguments)
+    done = run_command(script, *arguments)
     assert done.returncode == 0, f"{script}: {done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -111,7 +116,11 @@ def test_a_released_model_is_fine_tuned_sampled_and_opened_by_diffusers(emoji_fo
     ours.load_state_dict(trained)
     x, t, caption = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 20.0]), torch.randn(2, 7, 16)
     theirs = pipeline.transformer(
-        x, encoder_hidden_states=caption, timestep=t, encoder_attention_mask=torch.ones(2, 7),
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
-    )[0]  # fmt: skip
+        x,
+        encoder_hidden_states=caption,
+        timestep=t,
+        encoder_attention_mask=torch.ones(2, 7),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
     assert relative(theirs, ours(x, t, caption)) <= 1e-6

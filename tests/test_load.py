@@ -1,4 +1,4 @@
-"""Every PixArt in circulation loads, with the config that its files tell."""
+"""Every published PixArt format loads, with the config that its files imply."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from checkpoints import (
     put_in_hub_cache,
     save_official,
     save_run,
-)  # fmt: skip
+)
 from pixart.adapters import load as adapters
 from pixart.checkpoint import describe as describe_module
 from pixart.checkpoint.describe import describe
@@ -32,25 +32,29 @@ from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.load import load_model, load_with_card, make_plan
 from pixart.checkpoint.locate import Found
 from pixart.checkpoint.save import save
-from pixart.checkpoint.weights import Weights
+from pixart.checkpoint.weights import CARD_KEY, Weights
+from pixart.config import differences
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import resolve
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.model import PRESETS, PixArt, PixArtConfig
-from test_model_golden import CASES, GOLDEN, load, official_weights, run
+from test_model_golden import CASES, GOLDEN, RELEASED, load, official_weights, run
 from toy import relative, tiny_model
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
-    "PixArt-XL-2-256x256": "alpha-256", "PixArt-XL-2-512x512": "alpha-512", "PixArt-XL-2-1024-MS": "alpha-1024",
-    "Sigma-XL-2-256x256": "sigma-256", "Sigma-XL-2-512-MS": "sigma-512", "Sigma-XL-2-1024-MS": "sigma-1024",
-    "Sigma-XL-2-2K-MS": "sigma-2k", "Sigma-XL-2-1024-MS-kvcompress": "sigma-1024",
+    **RELEASED,
+    "Sigma-XL-2-1024-MS-kvcompress": "sigma-1024",
     "Sigma-XL-2-2K-MS-kvcompress": "sigma-2k",
-}  # fmt: skip
-OTHERS = {"ControlNet-1024-MS": "ControlNet", "ControlNet-512": "ControlNet", "DiT-XL-2-256x256": "use init_from",
-          "DiT-XL-2-512x512": "use init_from"}  # fmt: skip
+}
+OTHERS = {
+    "ControlNet-1024-MS": "ControlNet",
+    "ControlNet-512": "ControlNet",
+    "DiT-XL-2-256x256": "use init_from",
+    "DiT-XL-2-512x512": "use init_from",
+}
 
 
 def official_shapes(name: str) -> dict[str, list[int]]:
@@ -178,10 +182,13 @@ def test_a_training_checkpoint_gives_its_averaged_or_raw_weights(prefix, tmp_pat
         {
             "state_dict": {prefix + name: tensor for name, tensor in official(raw).items()},
             "state_dict_ema": {prefix + name: tensor for name, tensor in official(averaged).items()},
-            "optimizer": optimizer, "scheduler": {"last_epoch": 3}, "epoch": 1, "step": 3,
+            "optimizer": optimizer,
+            "scheduler": {"last_epoch": 3},
+            "epoch": 1,
+            "step": 3,
         },
         tmp_path / "epoch_1.pth",
-    )  # fmt: skip
+    )
     assert_same_weights(load_model(tmp_path / "epoch_1.pth", overrides=HEADS), averaged)
     assert_same_weights(load_model(tmp_path / "epoch_1.pth", ema=False, overrides=HEADS), raw)
 
@@ -503,8 +510,8 @@ def test_every_setting_of_a_network_shows_in_its_description(tmp_path):
     for field in fields(PixArtConfig):
         value = getattr(tiny_model().config, field.name)
         others = {"kv_compression": "uniform", "kv_blocks": (0,), "conditioning": "adaln", "positions": "rope",
-                  "attention": "sharper", "norm": "rms_norm", "mlp": "swish_gated", "routing": "tread",
-                  "options": {"mine": 1}}  # fmt: skip
+                  "attention": "sharper", "norm": "rms_norm", "mlp": "swish_gated", "routing": "skipping",
+                  "route_blocks": (0, 1), "route_ratio": 0.25, "options": {"mine": 1}}  # fmt: skip
         other = others.get(field.name)
         if other is None:
             other = not value if isinstance(value, bool) else 2 * value
@@ -535,7 +542,13 @@ def test_a_setting_that_is_new_shows_in_a_description_too(tmp_path, monkeypatch)
 @pytest.mark.parametrize("format", ["ours", "official"])
 def test_a_network_with_modules_of_its_own_is_compared_with_what_its_card_makes(format, tmp_path):
     model, path = tiny_model(conditioning="adaln"), tmp_path / "x.pth"
-    save(model, ModelCard(model.config), path, format)
+    card = ModelCard(model.config)
+    if format == "ours":
+        save(model, card, path, format)
+    else:  # no longer written, but version 0.1 did
+        table = model.positions(4, 4)[None]
+        payload = {"state_dict": {"pos_embed": table, **model.state_dict()}, CARD_KEY: json.dumps(differences(card))}
+        torch.save(payload, path)
     assert_same_weights(load_model(path), model)
     assert f"format            {format}" in describe(path)
     # its card is what tells: as another network it is refused, and never taken for a DiT
@@ -574,8 +587,13 @@ def test_a_card_holds_what_differs_from_the_defaults_and_a_newer_one_is_read_if_
         written = json.loads(path.read_text())
     different = {"hidden_size": 48, "depth": 2, "num_heads": 4, "learn_sigma": False, "caption_channels": 16,
                  "caption_length": 12, "micro_conditions": True, "latent_size": 8}  # fmt: skip
-    assert written == {"model": different, "diffusion": {"prediction": "v"}, "vae": {}, "text": {"null": "empty"},
-                       "sample": {}}  # fmt: skip
+    assert written == {
+        "model": different,
+        "diffusion": {"prediction": "v"},
+        "vae": {},
+        "text": {"null": "empty"},
+        "sample": {},
+    }
     for unknown in (False, True):
         newer = json.dumps({**written, "model": {**different, "rope": unknown}})
         if format == "official":

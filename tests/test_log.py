@@ -1,4 +1,4 @@
-"""What a run tells of itself, against what it did."""
+"""What a run logs, compared with what it did."""
 
 import hashlib
 import json
@@ -19,11 +19,12 @@ import pixart.train.log as log_module
 import pixart.train.loop as loop_module
 from pixart.config import load_config
 from pixart.diffusion.objective import TrainingModule
-from pixart.diffusion.timestep_bins import quarter_means, sum_by_quarter
+from pixart.diffusion.timestep_bins import bin_means, sum_by_bin
 from pixart.errors import InputError
 from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.train.config import TrainConfig
+from pixart.train.distributed import Processes
 from pixart.train.log import read_gpu_hours
 from pixart.train.loop import train
 from pixart.train.setup import make_accelerator
@@ -51,7 +52,7 @@ def read(run: Path, name: str) -> dict:
     return json.loads((run / name).read_text())
 
 
-def test_losses_by_quarter_of_the_times_are_those_of_a_direct_count(base, monkeypatch):
+def test_losses_in_timestep_bins_are_those_of_a_direct_count(base, monkeypatch):
     original, seen = TrainingModule.forward, []
 
     def spy(module, example):
@@ -71,11 +72,11 @@ def test_losses_by_quarter_of_the_times_are_those_of_a_direct_count(base, monkey
         assert row["loss"] == pytest.approx(sum(loss for _, loss in pictures) / 12, rel=1e-5)
 
 
-def test_a_picture_without_weight_counts_in_no_quarter_even_if_its_loss_is_not_finite():
+def test_an_image_without_weight_counts_in_no_bin_even_if_its_loss_is_not_finite():
     losses, time = torch.tensor([1.0, math.nan, 3.0, 5.0]), torch.tensor([0.0, 0.1, 0.99999, 0.99999])
-    sums = sum_by_quarter(losses, time, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    sums = sum_by_bin(losses, time, torch.tensor([1.0, 0.0, 1.0, 1.0]))
     assert sums.tolist() == [[1, 0, 0, 8], [1, 0, 0, 2]]
-    assert quarter_means(sums, "loss") == {"loss_q1": 1.0, "loss_q4": 4.0}
+    assert bin_means(sums, "loss") == {"loss_q1": 1.0, "loss_q4": 4.0}
 
 
 def test_model_tflops_are_those_of_the_batches_and_mfu_their_share_of_the_peak(base, monkeypatch):
@@ -108,7 +109,7 @@ def test_a_window_counts_applied_steps_and_the_seconds_that_were_trained(base, m
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
     run = Path(base["output"])
     run.mkdir()
-    with log_module.Watch(accelerator, config, run, Progress(step=3)) as watch:
+    with log_module.Watch(Processes(accelerator, 9), accelerator, config, run, Progress(step=3)) as watch:
         for loss, outcome, images in ((2.0, 0, 8), (1e9, 2, 8), (4.0, 0, 6), (math.nan, 1, 2)):
             loss, norm, *numbers = (torch.tensor(float(value)) for value in (loss, loss / 2, images, outcome))
             terms, quarters = {"loss": loss, "term": 2 * loss}, torch.full((2, 4), 1.0 + outcome)
@@ -135,7 +136,7 @@ def test_a_measured_peak_is_said_and_is_what_a_product_reaches(base, capsys):
     assert reached / 5 < measure_peak(torch.device("cpu"), torch.float32) < reached * 5
 
 
-def test_a_peak_that_is_no_number_and_no_known_word_is_refused(base):
+def test_a_peak_that_is_neither_a_number_nor_measure_is_refused(base):
     with pytest.raises(InputError, match=r"train.peak_tflops: got 'guess', expected a number or measure"):
         build(base, train__peak_tflops="guess")
     with pytest.raises(InputError, match=r"train.peak_tflops: got -1.0"):
@@ -239,8 +240,13 @@ def test_small_files_that_cannot_be_written_cost_a_warning_not_the_run(base, mon
     assert (text.out + text.err).count("metrics.jsonl could not be written ([Errno 28] No space left on device)") == 1
 
 
-def test_a_damaged_heartbeat_is_named(base, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "heartbeat.json").write_text("{")
-    with pytest.raises(InputError, match=r"heartbeat.json: cannot be read .* remove it"):
-        train(build(base))
+@pytest.mark.parametrize("text", ["{", "[]", '{"gpu_hours": "Infinity"}', '{"gpu_hours": -1}', '{"gpu_hours": null}'])
+def test_a_damaged_heartbeat_is_told_and_blocks_no_start(base, capsys, text):
+    run = train(build(base)).run
+    hours = rows(run)[-1]["gpu_hours"]
+    capsys.readouterr()
+    (run / "heartbeat.json").write_text(text)
+    assert train(build(base, train__steps=8)).step == 8
+    said = capsys.readouterr().out
+    assert "heartbeat.json: cannot be read" in said and f"device-hours continue from {hours:.4g}" in said
+    assert read(run, "heartbeat.json")["gpu_hours"] > hours

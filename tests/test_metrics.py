@@ -1,4 +1,4 @@
-"""Metrics by name: what a metric declares is all that logs, tables and plots know of it."""
+"""Metrics by name: logs, tables and plots know only what a metric declares."""
 
 import json
 import math
@@ -120,15 +120,15 @@ def test_wrong_metrics_are_one_line_before_any_work(tmp_path, monkeypatch):
     for names, match in (
         (["los"], "train.metrics: there is no 'los'; did you mean 'loss'?"),
         (["brightness", "same_brightness"], "'brightness' and 'same_brightness' both report 'brightness'"),
-        (["drawn"], r"train.metrics: 'drawn' needs images, .*training has held_out, network"),
-        (["lossy"], "train.metrics: 'lossy' reports 'grad_norm', a name of a number of training"),
+        (["drawn"], r"train.metrics: 'drawn' needs images, .*training only has held_out, network"),
+        (["lossy"], "train.metrics: 'lossy' reports 'grad_norm', a name that training uses"),
     ):
         with pytest.raises(InputError, match=match):
             open_metrics(build(base, train__metrics=names))
         with pytest.raises(InputError, match=match):
             train(build(base, train__metrics=names))
         assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match=r"train.metrics: 'loss' stands twice"):
+    with pytest.raises(InputError, match=r"train.metrics: 'loss' is listed twice"):
         build(base, train__metrics=["loss", "loss"])
     with pytest.raises(InputError, match=r"train.validate_every is set, but train.metrics is empty"):
         build(base, train__metrics=[], train__validate_every=2, data__validation=0.1)
@@ -218,7 +218,7 @@ def test_tables_and_plots_show_a_metric_that_this_process_does_not_know(runs, mo
     assert line.get_xdata().tolist() == list(values) and line.get_ydata().tolist() == list(values.values())
 
 
-def test_a_metric_that_two_runs_declare_otherwise_is_said(runs, tmp_path):
+def test_a_metric_that_two_runs_declare_differently_is_reported(runs, tmp_path):
     other = shutil.copytree(runs[0], tmp_path / "c")
     record = json.loads((other / "metrics.json").read_text())
     record["brightness"]["scores"][0]["label"] = "the same in other words"

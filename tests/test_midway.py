@@ -1,4 +1,4 @@
-"""Solvers take times: they start anywhere, visit what they are told, and keep what a mask keeps."""
+"""Solvers take times: they start anywhere, visit the given times, and keep what a mask protects."""
 
 import math
 
@@ -150,7 +150,7 @@ def test_karras_times_are_even_in_the_seventh_root_of_the_ratio():
 
 @pytest.mark.parametrize("name", ["dpm_solver", "sa_solver", "ddim", "iddpm"])
 @pytest.mark.parametrize("spacing", ["trailing", "karras"])
-def test_other_spacings_end_near_a_fine_solution(name, spacing):
+def test_other_spacings_end_near_the_solution_of_many_steps(name, spacing):
     options = {"tau": 0.0} if name == "sa_solver" else {}
     denoise = denoiser(False)
 
@@ -163,7 +163,7 @@ def test_other_spacings_end_near_a_fine_solution(name, spacing):
         assert relative(end(steps=60, spacing=spacing), end(steps=500)) <= 0.06
 
 
-def test_a_list_of_ones_own_is_what_is_visited():
+def test_a_given_list_of_times_is_visited():
     called = []
 
     def denoise(x, t):
@@ -181,7 +181,10 @@ def test_a_list_of_ones_own_is_what_is_visited():
     ("options", "match"),
     [
         ({"sampler": "dpm_solver", "times": (500.0, 600.0)}, "times: they must fall, got 500 before 600"),
-        ({"sampler": "dpm_solver", "times": (1200.0, 600.0)}, "got 1200 to 600, expected 999 to above 0"),
+        (
+            {"sampler": "dpm_solver", "times": (1200.0, 600.0)},
+            "sample.times.0.: got 1200.0, expected a number from 0 to 1000",
+        ),
         ({"sampler": "dpm_solver", "times": (999.0, 0.0)}, "expected 999 to above 0"),
         ({"sampler": "ddim", "times": (500.5, 100.0)}, "takes whole times, got 500.5"),
         ({"sampler": "dpm_solver", "times": (500.0,), "steps": 3}, "leave sample.steps and sample.spacing out"),
@@ -201,13 +204,13 @@ def test_times_that_a_solver_cannot_take_are_refused(options, match):
 @pytest.mark.parametrize(
     ("name", "strength", "match"),
     [
-        ("dmd", 0.5, "'dmd' is for one step from noise and cannot start from an image"),
+        ("dmd", 0.5, "'dmd' does one step from noise and cannot start from an image"),
         ("ddim", 0.0, "strength: got 0.0, expected above 0, up to 1"),
         ("ddim", 1.1, "strength: got 1.1"),
         ("ddim", 0.01, "strength 0.01 of 50 steps leaves none; raise strength or steps"),
     ],
 )
-def test_starts_that_cannot_be_are_refused(name, strength, match):
+def test_impossible_starts_are_refused(name, strength, match):
     schedule, config = settled(name)
     with pytest.raises(InputError, match=match):
         begin(Start(noise(), strength), noise(), schedule, config, None)

@@ -23,14 +23,18 @@ def in_diffusers(model):
     )  # fmt: skip
     ours, theirs = model.state_dict(), {}
     renamed = {
-        "pos_embed.proj": "x_embedder.proj", "adaln_single.linear": "t_block.1", "proj_out": "final_layer.linear",
+        "pos_embed.proj": "x_embedder.proj",
+        "adaln_single.linear": "t_block.1",
+        "proj_out": "final_layer.linear",
         "scale_shift_table": "final_layer.scale_shift_table",
-        "caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2",
-    }  # fmt: skip
+        "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+        "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    }
     for theirs_name, ours_name in {
-        "timestep_embedder": "t_embedder", "resolution_embedder": "csize_embedder",
+        "timestep_embedder": "t_embedder",
+        "resolution_embedder": "csize_embedder",
         "aspect_ratio_embedder": "ar_embedder",
-    }.items():  # fmt: skip
+    }.items():
         for i, j in ((1, 0), (2, 2)):
             renamed[f"adaln_single.emb.{theirs_name}.linear_{i}"] = f"{ours_name}.mlp.{j}"
     for name in transformer.state_dict():
@@ -51,8 +55,13 @@ def block_tensor(ours: dict, name: str) -> torch.Tensor:
     prefix = f"blocks.{block}"
     if path == "":
         return ours[f"{prefix}.{kind}"]
-    plain = {"attn1.to_out.0": "attn.proj", "attn2.to_q": "cross_attn.q_linear", "attn2.to_out.0": "cross_attn.proj",
-             "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}  # fmt: skip
+    plain = {
+        "attn1.to_out.0": "attn.proj",
+        "attn2.to_q": "cross_attn.q_linear",
+        "attn2.to_out.0": "cross_attn.proj",
+        "ff.net.0.proj": "mlp.fc1",
+        "ff.net.2": "mlp.fc2",
+    }
     if path in plain:
         return ours[f"{prefix}.{plain[path]}.{kind}"]
     fused, parts = ("attn.qkv", "qkv") if path.startswith("attn1") else ("cross_attn.kv_linear", "kv")
@@ -62,9 +71,13 @@ def block_tensor(ours: dict, name: str) -> torch.Tensor:
 def run(transformer, x, t, caption, caption_mask=None, size=None, aspect_ratio=None):
     conditions = {"resolution": size, "aspect_ratio": None if aspect_ratio is None else aspect_ratio[:, None]}
     return transformer(
-        x, encoder_hidden_states=caption, timestep=t, encoder_attention_mask=caption_mask,
-        added_cond_kwargs=conditions, return_dict=False,
-    )[0]  # fmt: skip
+        x,
+        encoder_hidden_states=caption,
+        timestep=t,
+        encoder_attention_mask=caption_mask,
+        added_cond_kwargs=conditions,
+        return_dict=False,
+    )[0]
 
 
 @pytest.mark.parametrize("change", [{}, {"micro_conditions": True}, {"position_scale": 2.0, "latent_size": 16}])

@@ -12,6 +12,15 @@ from pixart.model import PixArt, PixArtConfig
 from toy import relative
 
 GOLDEN = Path(__file__).parent / "golden"
+RELEASED = {
+    "PixArt-XL-2-256x256": "alpha-256",
+    "PixArt-XL-2-512x512": "alpha-512",
+    "PixArt-XL-2-1024-MS": "alpha-1024",
+    "Sigma-XL-2-256x256": "sigma-256",
+    "Sigma-XL-2-512-MS": "sigma-512",
+    "Sigma-XL-2-1024-MS": "sigma-1024",
+    "Sigma-XL-2-2K-MS": "sigma-2k",
+}  # weights → preset
 SIZE = {"hidden_size": 144, "depth": 2, "num_heads": 4, "caption_channels": 64, "caption_length": 12}
 CASES = {
     "model_alpha_256": PixArtConfig(**SIZE),
@@ -100,12 +109,7 @@ def test_a_position_table_of_another_model_is_refused(change, text):
 
 def test_every_released_variant_has_the_official_names_and_shapes():
     shapes = json.loads((GOLDEN / "official_shapes.json").read_text())
-    variants = {
-        "PixArt-XL-2-256x256": "alpha-256", "PixArt-XL-2-512x512": "alpha-512", "PixArt-XL-2-1024-MS": "alpha-1024",
-        "Sigma-XL-2-256x256": "sigma-256", "Sigma-XL-2-512-MS": "sigma-512", "Sigma-XL-2-1024-MS": "sigma-1024",
-        "Sigma-XL-2-2K-MS": "sigma-2k",
-    }  # fmt: skip
-    for official, preset in variants.items():
+    for official, preset in RELEASED.items():
         with torch.device("meta"):
             model = PixArt(PixArtConfig.from_preset(preset))
         ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}

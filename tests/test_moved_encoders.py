@@ -1,4 +1,4 @@
-"""A run and its models are tied to no directory: relative paths, and encoders that lie elsewhere than at the start."""
+"""Runs and models do not depend on a directory: relative paths, and encoders that were moved."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def test_a_run_does_not_go_on_with_another_encoder(begun, tmp_path):
     assert load_config(TrainConfig, tmp_path / "run" / "config.yaml").text.model == str(tmp_path / "text")
 
 
-def test_other_weights_at_the_same_place_are_told(begun, tmp_path, capfd):
+def test_changed_weights_at_the_same_place_are_reported(begun, tmp_path, capfd):
     change_weights(tmp_path / "text")
     assert train(build(begun, train__steps=3)).step == 3
     assert "warning: text.model: the weights at" in capfd.readouterr().out
@@ -80,7 +80,10 @@ def test_a_run_that_holds_no_fingerprints_goes_on_from_the_old_place_alone_and_t
     row = json.loads(history.read_text())
     assert set(row.pop("encoders")) == {"text.model", "vae.source"}
     history.write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=r"text\.model: .*holds no fingerprint of its encoder.*start it once"):
+    with pytest.raises(
+        InputError,
+        match=r"text\.model may change only if the run has recorded its encoder's fingerprint.*start it once",
+    ):
         train(build(move_encoder(begun, tmp_path), train__steps=3))
     shutil.move(tmp_path / "moved", tmp_path / "text")
     assert train(build(begun, train__steps=3)).step == 3

@@ -14,6 +14,7 @@ from pixart.checkpoint.describe import describe
 from pixart.checkpoint.init_from import start_from
 from pixart.checkpoint.load import load_model, load_with_card
 from pixart.config import load_config, to_dict
+from pixart.errors import InputError
 from pixart.features.store import FeatureStore, verify
 from pixart.files import read_rows
 from pixart.model import PixArt
@@ -52,9 +53,12 @@ def test_a_card_says_the_same(source, values):
 
 @pytest.mark.parametrize(
     ("source", "ema", "name"),
-    [*((source, True, source.removesuffix(".pth")) for source in MODELS), ("run", True, "run ema"),
-     ("run", False, "run model")],
-)  # fmt: skip
+    [
+        *((source, True, source.removesuffix(".pth")) for source in MODELS),
+        ("run", True, "run ema"),
+        ("run", False, "run model"),
+    ],
+)
 def test_a_model_gives_the_same_output(source, ema, name, tensors):
     model = load_model(FILES / source, ema=ema, dtype=torch.float32)
     with torch.no_grad():
@@ -73,7 +77,16 @@ def test_nothing_of_a_model_is_new_or_left_out_in_a_start_from_it(source):
 
 
 def test_a_runs_configuration_says_the_same(values):
-    assert holds(to_dict(load_config(TrainConfig, FILES / "run" / "config.yaml")), values["config"])
+    del values["config"]["evaluate"]["retrieval"]  # which is no more
+    assert holds(
+        to_dict(
+            load_config(
+                TrainConfig,
+                FILES / "run" / "config.yaml",
+            )
+        ),
+        values["config"],
+    )
 
 
 def test_a_runs_checkpoint_goes_into_a_run_bit_for_bit():
@@ -103,8 +116,12 @@ def test_a_store_opens_and_gives_the_same_samples(tmp_path, tensors, values):
     assert torch.equal(sample.mean.flip(-1), mirrored.mean), "by the identity autoencoder"
     number = sample.captions[0]
     assert (sample.id, store.text(number), sample.height, sample.width, sample.weights) == (
-        expected["id"], expected["text"], expected["height"], expected["width"], expected["weights"]
-    )  # fmt: skip
+        expected["id"],
+        expected["text"],
+        expected["height"],
+        expected["width"],
+        expected["weights"],
+    )
     assert torch.equal(store.caption(number), tensors["store caption"])
     assert torch.equal(store.prompt("a blue square"), tensors["store prompt"])
     null, tokens = store.null_states()
@@ -124,6 +141,16 @@ def test_a_run_of_before_goes_on_with_its_own_draws_and_its_own_split(tmp_path, 
     for row, (loss, norm) in zip(rows, expected, strict=True):
         assert (row["loss"], row["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
     said = capsys.readouterr().out
-    assert "drawn in one order, not by name: data.draws in_order" in said
-    assert "noise depended on seed: data.split_seed 0" in said
+    assert "drawn in order, not by name (data.draws in_order)" in said
+    assert "noise depended on seed (data.split_seed 0)" in said
     assert load_config(TrainConfig, run / "config.yaml").data.draws == "in_order"  # and so it is from then on
+
+
+def test_a_removed_setting_is_ignored_if_it_was_off_and_explained_if_it_was_on(tmp_path):
+    text = (FILES / "run" / "config.yaml").read_text()
+    assert "retrieval: false" in text
+    (tmp_path / "config.yaml").write_text(text.replace("retrieval: false", "retrieval: true"))
+    with pytest.raises(InputError, match=r"config.yaml:\d+: evaluate.retrieval: learnt images are no longer") as caught:
+        load_config(TrainConfig, tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
+    assert load_config(TrainConfig, tmp_path / "config.yaml", run_code=False).evaluate.metrics == ()

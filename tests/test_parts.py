@@ -1,4 +1,4 @@
-"""What a converted model says of its text encoder and VAE: Hub ids or copies, never a place on one machine."""
+"""How a converted model names its text encoder and VAE: by Hub ids or as copies, never by a local path."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
 from pixart.inference.pipeline import Pipeline
-from runs import make_text_encoder, run_script
+from runs import make_text_encoder, run_command
 from test_vae import SMALL, make_reference
 from toy import tiny_model
 
@@ -33,19 +33,26 @@ def source(tmp_path) -> tuple[Path, ModelCard]:
     card = ModelCard(model.config, vae=AutoencoderConfig("kl", str(home / "autoencoder"), 0.5), text=text)
     save(model, card, home / "m", "ours", parts=False)
     # as a run writes its own
-    (home / "m" / "config.json").write_text(json.dumps({
-        "model": json.loads((home / "m" / "config.json").read_text())["model"],
-        "vae": {"kind": "kl", "source": card.vae.source, "scale": 0.5},
-        "text": {"model": text.model, "length": 12, "clean": False, "null": "empty"},
-    }))  # fmt: skip
+    (home / "m" / "config.json").write_text(
+        json.dumps(
+            {
+                "model": json.loads((home / "m" / "config.json").read_text())["model"],
+                "vae": {"kind": "kl", "source": card.vae.source, "scale": 0.5},
+                "text": {"model": text.model, "length": 12, "clean": False, "null": "empty"},
+            }
+        )
+    )
     return home / "m", card
 
 
 def places(folder: Path) -> str:
     """All JSON files below a folder, and the card inside an official file."""
     files = [folder] if folder.is_file() else [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    texts = [torch.load(path)["pixart_card"] if path.suffix == ".pth" else path.read_text()
-             for path in files if path.suffix in (".json", ".pth")]  # fmt: skip
+    texts = [
+        torch.load(path)["pixart_card"] if path.suffix == ".pth" else path.read_text()
+        for path in files
+        if path.suffix in (".json", ".pth")
+    ]
     return "\n".join(texts)
 
 
@@ -53,7 +60,7 @@ def test_a_model_of_ours_takes_its_encoders_along_and_draws_the_same_wherever_it
     folder, _ = source
     before = Pipeline.from_pretrained(folder)
     expected = before("a red fox", steps=2, output="pixels")
-    result = run_script("convert", folder, tmp_path / "made", "--to", "ours")
+    result = run_command("convert", folder, tmp_path / "made", "--to", "ours")
     assert result.returncode == 0, result.stderr
     assert f"with its text encoder ({folder.parent}/encoder) and its VAE ({folder.parent}/autoencoder)" in result.stdout
     assert str(tmp_path) not in places(tmp_path / "made")
@@ -75,7 +82,7 @@ def test_a_model_of_ours_takes_its_encoders_along_and_draws_the_same_wherever_it
 def test_without_its_encoders_a_model_says_their_names_and_asks_for_them(format, source, tmp_path):
     folder, card = source
     options = ["--no-parts"] if format == "ours" else []
-    result = run_script("convert", folder, tmp_path / "x.pth", "--to", format, *options)
+    result = run_command("convert", folder, tmp_path / "x.pth", "--to", format, *options)
     assert result.returncode == 0, result.stderr
     assert "its card names ./encoder and ./autoencoder: give them with --text-encoder and --vae" in result.stdout
     assert str(tmp_path) not in places(tmp_path / "x.pth")
@@ -101,8 +108,11 @@ def test_encoders_that_are_not_here_any_more_are_asked_for_before_any_work(sourc
     assert not (tmp_path / "x").exists()
     save(model, replace(card, text=replace(card.text, model="DeepFloyd/t5-v1_1-xxl")), tmp_path / "x", "ours")
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
-        "config.json", "manifest.json", "model.safetensors", "vae"
-    ]  # fmt: skip
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "vae",
+    ]
 
 
 def test_only_what_is_on_this_machine_alone_is_renamed_or_copied(tmp_path, monkeypatch):
@@ -128,12 +138,15 @@ def test_only_what_is_on_this_machine_alone_is_renamed_or_copied(tmp_path, monke
         ("models--owner--name", "models--owner--name/vae", ("owner/name", "owner/name/vae")),
         ("models--t5-small", "models--owner--a.b-c_d", ("t5-small", "owner/a.b-c_d")),
         # the authors' pipelines hold T5, whose Hub id is known
-        ("models--PixArt-alpha--PixArt-XL-2-512x512/text_encoder", "models--PixArt-alpha--PixArt-XL-2-512x512/vae",
-         ("DeepFloyd/t5-v1_1-xxl", "PixArt-alpha/PixArt-XL-2-512x512/vae")),
+        (
+            "models--PixArt-alpha--PixArt-XL-2-512x512/text_encoder",
+            "models--PixArt-alpha--PixArt-XL-2-512x512/vae",
+            ("DeepFloyd/t5-v1_1-xxl", "PixArt-alpha/PixArt-XL-2-512x512/vae"),
+        ),
         # transformers reads no encoder in a subfolder of a repository
         ("models--owner--name/text_encoder", "models--owner--name", ("./text_encoder", "owner/name")),
     ],
-)  # fmt: skip
+)
 def test_what_lies_in_the_hubs_cache_has_its_hub_id(text, vae, expected, tmp_path):
     def place(name: str) -> str:
         repository, _, inside = name.partition("/")

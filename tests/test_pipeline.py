@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-from pixart import cli
+from pixart import commands
 from pixart.checkpoint import ModelCard, save_model
 from pixart.diffusion.samplers import draw_noise
 from pixart.diffusion.sampling import SampleConfig
@@ -21,7 +21,8 @@ from pixart.inference.generate import save_samples
 from pixart.inference.latents import choose_size, official_sizes, resize_and_crop
 from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS
-from runs import ROOT, make_text_encoder
+from pixart.prompt import split_prompt
+from runs import make_text_encoder
 from test_model_diffusers import in_diffusers
 from toy import relative, tiny_model
 
@@ -65,19 +66,26 @@ def make_diffusers_pipeline(kind: str):
         )
     ).eval()  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=0.18215 if alpha else 0.13025,
-    ).eval()  # fmt: skip
+    ).eval()
     randomise(vae)
     scheduler = EvenDDIM(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True
-    )  # fmt: skip
+    )
     cls = diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline
     pipeline = cls(
-        tokenizer=transformers.AutoTokenizer.from_pretrained(T5), text_encoder=text, vae=vae,
-        transformer=in_diffusers(model), scheduler=scheduler,
-    )  # fmt: skip
+        tokenizer=transformers.AutoTokenizer.from_pretrained(T5),
+        text_encoder=text,
+        vae=vae,
+        transformer=in_diffusers(model),
+        scheduler=scheduler,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -166,7 +174,8 @@ def test_official_sizes_are_diffusers_resolution_binning(released):
     ours = Pipeline.from_pretrained(folder)
     result = ours(PROMPTS[1], 5, CONFIG, height=300, width=200, sizes="official", output="pixels")
     assert result.shape == (1, 3, 300, 200)
-    assert relative((result / 2 + 0.5).clamp(0, 1), expected) <= 5e-6
+    # ten steps and a VAE in fp32; how far rounding goes depends on the number of threads
+    assert relative((result / 2 + 0.5).clamp(0, 1), expected) <= 3e-5
 
 
 @needs_t5
@@ -181,11 +190,11 @@ def test_other_parts_can_be_given_and_what_is_missing_is_named(released, tmp_pat
     assert "--vae" in message
     with pytest.raises(InputError, match=r"no text encoder: looked for .*DeepFloyd/t5-v1_1-xxl.*--text-encoder"):
         Pipeline.from_pretrained(bare, vae=folder / "vae")
-    with pytest.raises(InputError, match=r"no text encoder: looked for '/nowhere', as was given: "):
+    with pytest.raises(InputError, match=r"no text encoder: looked for '/nowhere', as given: "):
         Pipeline.from_pretrained(bare, vae=folder / "vae", text_encoder="/nowhere")
-    with pytest.raises(InputError, match="states of width 16, the model takes captions of width 32"):
+    with pytest.raises(InputError, match="states of width 16, but the model takes captions of width 32"):
         Pipeline.from_pretrained(bare, vae=folder / "vae", text_encoder=text_folder)
-    with pytest.raises(InputError, match=r"no VAE: looked for .*scaling factor 0.13025, vae.scale is 0.18215"):
+    with pytest.raises(InputError, match=r"no VAE: looked for .*scaling factor 0.13025, but vae.scale is 0.18215"):
         Pipeline.from_pretrained(bare, vae=released("sigma")[0] / "vae", text_encoder=folder)
     whole, given = (
         Pipeline.from_pretrained(folder),
@@ -239,9 +248,9 @@ def test_embeddings_made_before_give_the_prompts_pictures(pipeline, model_folder
         without("two")
     with pytest.raises(InputError, match=r"got states \(3, 12, 16\) and mask \(3, 11\), expected \(B, L, 16\)"):
         without(None, text_embeddings=(states, mask[:, 1:]))
-    with pytest.raises(InputError, match="caption 1 has no token"):
+    with pytest.raises(InputError, match="caption 1 has no tokens"):
         without(None, text_embeddings=(states, mask * torch.tensor([[1], [0], [1]])))
-    with pytest.raises(InputError, match="give one or the other"):
+    with pytest.raises(InputError, match="give exactly one of them"):
         pipeline("two", text_embeddings=(states, mask))
 
 
@@ -284,9 +293,9 @@ def test_every_image_has_its_own_prompts_negative_prompt_whatever_the_batches(pi
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"null": "empty"}, "null 'empty' leaves none for them"),
-        ({"config": SampleConfig(guidance=1.0)}, "guidance 1, which is off, leaves none"),
-        ({"config": SampleConfig(sampler="lcm")}, "guidance 1, which is off, leaves none"),
+        ({"null": "empty"}, "cannot be combined with null 'empty'"),
+        ({"config": SampleConfig(guidance=1.0)}, "have no effect with guidance 1"),
+        ({"config": SampleConfig(sampler="lcm")}, "have no effect with guidance 1"),
         ({"negative_prompts": ["a", "b"]}, "got 1 prompts and 2 negative ones"),
     ],
 )
@@ -332,9 +341,10 @@ def test_a_model_without_a_null_caption_of_its_own_does_not_take_zeros_for_one(m
 def test_a_freed_text_encoder_leaves_the_null_caption_behind(model_folder):
     pipeline = Pipeline.from_pretrained(model_folder)
     pipeline.card = ModelCard(
-        pipeline.card.model, text=TextConfig(pipeline.card.text.model, 12, False, "empty_own_mask"),
+        pipeline.card.model,
+        text=TextConfig(pipeline.card.text.model, 12, False, "empty_own_mask"),
         sample=pipeline.card.sample,
-    )  # fmt: skip
+    )
     expected = pipeline("a red square", output="latent")
     embeddings = pipeline.text.encode(["a red square"])
     pipeline._nulls.clear()
@@ -371,16 +381,21 @@ def test_images_of_a_prompt_have_seeds_of_their_own_side_by_side(pipeline):
     assert relative(many, single) <= 1e-6
     given = pipeline(["two", "a red square"], [3, 4, 9, 4], images_per_prompt=2, output="latent")
     assert relative(given[[0, 1, 3]], single[[0, 1, 3]]) <= 1e-6 and relative(given[2], single[2]) > 0.1
-    with pytest.raises(InputError, match="got 2 seeds, expected one for each of 4 pictures"):
+    with pytest.raises(InputError, match="got 2 seeds, expected one for each of 4 images"):
         pipeline(["two", "a"], [1, 2], images_per_prompt=2)
 
 
 def test_the_callback_sees_every_step_of_every_batch(pipeline, capsys):
     seen, done = [], []
     result = pipeline(
-        ["a", "b", "c"], 0, SampleConfig(steps=3), batch_size=2, output="latent", progress=done.append,
+        ["a", "b", "c"],
+        0,
+        SampleConfig(steps=3),
+        batch_size=2,
+        output="latent",
+        progress=done.append,
         callback=lambda rows, step, x, x0: seen.append((list(rows), step, x)),
-    )  # fmt: skip
+    )
     assert [(rows, step) for rows, step, _ in seen] == [([0, 1], i) for i in range(3)] + [([2], i) for i in range(3)]
     assert torch.equal(torch.cat([seen[2][2], seen[5][2]]), result)
     assert done == [2, 1]
@@ -414,13 +429,16 @@ def test_sizes_are_exact_or_the_nearest_official_one_cut_back(pipeline):
     assert pipeline("a", 0, config, aspect_ratio=11 / 7, output="latent").shape[2:] == (10, 6)
 
 
-@pytest.mark.parametrize(("preset", "count", "height", "width", "expected"), [
-    ("alpha-1024", 33, 1024, 1024, (1024, 1024)),
-    ("alpha-1024", 33, 1000, 345, (1728, 576)),  # 2.9 is 2.89's, but that is not among α's
-    ("sigma-1024", 40, 1000, 345, (1664, 576)),
-    ("sigma-2k", 40, 2000, 1000, (2816, 1408)),
-    ("alpha-512", 33, 500, 500, (512, 512)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "count", "height", "width", "expected"),
+    [
+        ("alpha-1024", 33, 1024, 1024, (1024, 1024)),
+        ("alpha-1024", 33, 1000, 345, (1728, 576)),  # 2.9 is 2.89's, but that is not among α's
+        ("sigma-1024", 40, 1000, 345, (1664, 576)),
+        ("sigma-2k", 40, 2000, 1000, (2816, 1408)),
+        ("alpha-512", 33, 500, 500, (512, 512)),
+    ],
+)
 def test_official_sizes_are_the_authors(preset, count, height, width, expected):
     card = ModelCard(PRESETS[preset], vae=AutoencoderConfig("kl", "any"))
     assert len(official_sizes(card)) == count
@@ -439,13 +457,13 @@ def test_resizing_covers_and_cuts_as_diffusers_does():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"height": 9}, "size 9 × 8 px: both sides must be multiples of 2; or ask for sizes 'official'"),
+        ({"height": 9}, "size 9 × 8 px: both sides must be multiples of 2; or set sizes to 'official'"),
         ({"height": 0}, "must be positive"),
-        ({"aspect_ratio": 1.0, "width": 8}, "give one or the other"),
+        ({"aspect_ratio": 1.0, "width": 8}, "got aspect_ratio and height or width"),
         ({"aspect_ratio": 5.0}, r"aspect_ratio: got 5, expected height / width from 0\.25 to 4\.0"),
         ({"sizes": "near"}, "sizes: got 'near'"),
         ({"images_per_prompt": 0}, "expected at least 1"),
-        ({"prompts": []}, "got no prompt"),
+        ({"prompts": []}, "got no prompts"),
         ({"steps": 1}, "got 1 steps, expected at least 2, its order"),
         ({"steps": 0}, "sample.steps: got 0"),
         ({"sampler": "ddmi"}, "sampler: there is no 'ddmi'; did you mean 'ddim'"),
@@ -497,24 +515,27 @@ def test_an_image_depends_on_its_prompt_and_seed_with_the_new_samplers_too(pipel
 # ------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    ("a cat", ("a cat", {})),
-    ("a cat --ar 3:4", ("a cat", {"aspect_ratio": 0.75})),
-    ("a cat  --ar  1.5:1 ", ("a cat", {"aspect_ratio": 1.5})),
-    ("a cat --hw 768:1024", ("a cat", {"height": 768, "width": 1024})),
-    ("a --art deco-cat -- with --hws", ("a --art deco-cat -- with --hws", {})),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a cat", ("a cat", {})),
+        ("a cat --ar 3:4", ("a cat", {"aspect_ratio": 0.75})),
+        ("a cat  --ar  1.5:1 ", ("a cat", {"aspect_ratio": 1.5})),
+        ("a cat --hw 768:1024", ("a cat", {"height": 768, "width": 1024})),
+        ("an art-deco cat -- with -ar and hw", ("an art-deco cat -- with -ar and hw", {})),
+    ],
+)
 def test_a_prompts_end_may_ask_for_a_size(line, expected):
-    assert cli.split_prompt(line) == expected
+    assert split_prompt(line) == expected
 
 
 @pytest.mark.parametrize("line", [
-    "a cat --ar", "a cat --ar 3x4", "a cat --ar 3:0", "a cat --hw 7.5:8", "--ar 3:4", "a --ar 3:4 cat",
-    "a cat --ar 3:4 --hw 768:1024", "a cat --ar -3:4",
+    "a cat --ar", "a cat --ar 3,4", "a cat --ar 3:0", "a cat --hw 7.5:8", "--ar 3:4", "a --ar 3:4 cat",
+    "a cat --ar 3:4 --hw 768:1024", "a cat --ar -3:4", "an --art deco cat",
 ])  # fmt: skip
 def test_a_prompt_with_half_a_size_is_refused(line):
     with pytest.raises(InputError, match=r"prompt '.*': "):
-        cli.split_prompt(line)
+        split_prompt(line)
 
 
 def test_samples_of_several_sizes_stand_in_the_prompts_order(pipeline, tmp_path):
@@ -566,17 +587,13 @@ def test_a_file_says_with_what_it_was_drawn_wherever_that_was_given(pipeline, tm
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded():
     for device in ("cuda:99", torch.device("cuda", 99), "gpu"):
-        with pytest.raises(InputError, match=rf"device '{device}': torch cannot use it here \(.*\); expected cpu"):
+        with pytest.raises(InputError, match=rf"device '{device}': torch cannot use it \(.*\); expected cpu"):
             Pipeline.from_pretrained("/nowhere", device=device)
 
 
-def run_sample(monkeypatch, *arguments) -> int | None:
-    import runpy
-    import sys
-
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments), "--device", "cpu"])
+def run_sample(*arguments) -> int | None:
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")
+        commands.run("sample", [*map(str, arguments), "--device", "cpu"])
     return ended.value.code
 
 
@@ -585,7 +602,7 @@ def test_the_command_draws_from_a_released_pipeline(released, tmp_path, monkeypa
     folder, _ = released("sigma")
     (tmp_path / "prompts.txt").write_text("a boat --hw 64:32\n")
     code = run_sample(
-        monkeypatch, "a cat", "--model", folder, "--prompt-file", tmp_path / "prompts.txt", "--out", tmp_path / "out",
+        "a cat", "--model", folder, "--prompt-file", tmp_path / "prompts.txt", "--out", tmp_path / "out",
         "--negative", "blurry", "--height", 50, "--width", 50, "--sizes", "official", "--text-encoder", folder, "--vae",
         folder / "vae", "--low-memory", "--set", "sampler=sa_solver", "steps=2", "position_scale=1.0",
     )  # fmt: skip
@@ -598,11 +615,11 @@ def test_the_command_draws_from_a_released_pipeline(released, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["two --ar 3x4"], "expected a text that ends in one --ar h:w or --hw h:w"),
+        (["two --ar 3,4"], "expected a text that ends in one --ar h:w or --hw h:w"),
         (["two", "a --hw 9:8"], "size 9 × 8 px: both sides must be multiples of 2"),
-        (["two", "--text-encoder", "/nowhere"], "looked for '/nowhere', as was given"),
-        (["two", "--vae", "/nowhere"], "is a model of pixels, it takes no vae"),
-        (["two", "--negative", "a", "--null", "empty"], "leaves none for them"),
+        (["two", "--text-encoder", "/nowhere"], "looked for '/nowhere', as given"),
+        (["two", "--vae", "/nowhere"], "is a model of pixels, which takes no vae"),
+        (["two", "--negative", "a", "--null", "empty"], "cannot be combined with null 'empty'"),
         (["two", "--set", "sampler=lcm", "guidance=3"], "guidance in their weights"),
         (["two", "--strength", "0.5"], "strength without an image"),
         (["two", "--mask", "/nowhere.png"], "mask without an image"),
@@ -618,7 +635,7 @@ def test_wrong_commands_get_one_line(model_folder, arguments, message, capsys, m
     if "--quantize-text" in arguments:
         without_bitsandbytes(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    assert run_sample(monkeypatch, "--model", model_folder, *arguments) == 2
+    assert run_sample("--model", model_folder, *arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert list(tmp_path.iterdir()) == []
@@ -630,7 +647,7 @@ def test_the_command_starts_from_an_image_and_keeps_what_the_mask_keeps(model_fo
     image.save(tmp_path / "image.png")
     mask.save(tmp_path / "mask.png")
     code = run_sample(
-        monkeypatch, "two", "--model", model_folder, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png",
+        "two", "--model", model_folder, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png",
         "--strength", "0.7", "--set", "spacing=trailing", "steps=4", "--out", tmp_path / "out", "--no-onednn",
     )  # fmt: skip
     assert not code
@@ -639,7 +656,7 @@ def test_the_command_starts_from_an_image_and_keeps_what_the_mask_keeps(model_fo
     assert drawn.crop((4, 0, 10, 6)).tobytes() == image.crop((4, 0, 10, 6)).tobytes()
     expected = Pipeline.from_pretrained(model_folder)(
         "two", 0, SampleConfig(steps=4, spacing="trailing"), image=image, mask=mask, strength=0.7
-    )[0]  # fmt: skip
+    )[0]
     assert drawn.tobytes() == expected.tobytes()
 
 
@@ -666,7 +683,7 @@ def test_quantising_says_what_it_needs(text_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     with pytest.raises(InputError, match="a text encoder in 4 bits runs on CUDA: got device 'cpu'"):
         TextEncoder.load(config, quantize="4bit")
-    with pytest.raises(InputError, match="cannot be moved; take one"):
+    with pytest.raises(InputError, match="cannot be moved; use only one"):
         Pipeline.from_pretrained("any", quantize_text="4bit", offload_text=True)
 
 

@@ -1,4 +1,4 @@
-"""Curves: what is drawn is what was logged."""
+"""Curves: the plots show what was logged."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from PIL import Image
 from pixart.errors import InputError
 from pixart.study.plots import draw_curves, name_runs, plot_runs, read_curves, smooth
 from pixart.train.metrics import merge_declarations
-from runs import run_script, settings, write
+from runs import run_command, settings, write
 
 
 def make_run(folder: Path, rows: list[dict], tail: str = "") -> Path:
@@ -46,8 +46,11 @@ def test_curves_are_the_rows_and_a_torn_last_line_is_left_out(tmp_path):
 
 
 def test_the_x_axis_is_interpolated_where_a_row_has_no_place(tmp_path):
-    rows = [{"step": 10, "loss": 3.0, "images": 40, "gpu_hours": 0.5}, {"step": 15, "validation_error": 2.0},
-            {"step": 20, "loss": 1.0, "images": 80, "gpu_hours": 0.7}]  # fmt: skip
+    rows = [
+        {"step": 10, "loss": 3.0, "images": 40, "gpu_hours": 0.5},
+        {"step": 15, "validation_error": 2.0},
+        {"step": 20, "loss": 1.0, "images": 80, "gpu_hours": 0.7},
+    ]
     run = make_run(tmp_path / "a", rows)
     assert read_curves(run, "images") == {"loss": ([40, 80], [3, 1]), "validation_error": ([60], [2])}
     assert read_curves(run, "gpu_hours")["validation_error"] == ([pytest.approx(0.6)], [2])
@@ -59,8 +62,10 @@ def test_the_x_axis_is_interpolated_where_a_row_has_no_place(tmp_path):
 
 def test_errors_are_drawn_at_every_ratio_and_their_geometric_mean_whatever_mean_was_logged(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [{"step": step, "validation_error": 9.0, "validation_error_0.25": 0.5, "validation_error_16": 2.0}
-            for step in (10, 20)]  # fmt: skip
+    rows = [
+        {"step": step, "validation_error": 9.0, "validation_error_0.25": 0.5, "validation_error_16": 2.0}
+        for step in (10, 20)
+    ]
     rows.append({"step": 30, "validation_error": None, "validation_error_0.25": None, "validation_error_16": 3.0})
     run = make_run(tmp_path / "a", rows)
     assert read_curves(run) == {
@@ -73,8 +78,9 @@ def test_errors_are_drawn_at_every_ratio_and_their_geometric_mean_whatever_mean_
     assert [line.get_ydata().tolist() for line in lines[0]] == [[0.5, 0.5], [2.0, 2.0, 3.0]]
     assert len({line.get_linestyle() for line in lines[0]}) == 2
     assert [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().texts] == [
-        "at 0.25", "at 16",
-    ]  # fmt: skip
+        "at 0.25",
+        "at 16",
+    ]
 
 
 @pytest.mark.parametrize("log_x", [False, True])
@@ -115,10 +121,10 @@ def test_the_command_draws_and_refuses(tmp_path):
     pytest.importorskip("matplotlib")
     run = make_run(tmp_path / "run", logged(40))
     write(run / "config.yaml", settings(run, tmp_path, tmp_path))
-    done = run_script("plot", run, "--output", tmp_path / "p.png", "--log-x")
+    done = run_command("compare", run, "--output", tmp_path / "p.png", "--log-x")
     assert done.returncode == 0, done.stderr
     assert "| run | parameters |" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 5000
-    failed = run_script("plot", tmp_path)
+    failed = run_command("compare", tmp_path)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1

@@ -46,22 +46,25 @@ from pixart.train.metrics import merge_declarations
 from pixart.train.parts import Parts, make_objective
 from pixart.train.setup import make_accelerator
 from pixart.train.throughput import CallCounter
-from runs import ROOT, build, change, make_pictures, make_text_encoder, run_script, settings, write
+from runs import ROOT, build, change, make_pictures, make_text_encoder, run_command, settings, write
 from toy import TINY, relative, tiny_inputs, tiny_model
 
 VARIANTS = {
     "adaln": {"conditioning": "adaln"},
-    "time token": {"conditioning": "time_token"},
+    "time token": {"conditioning": "clock_token"},
     "rope": {"positions": "rope"},
-    "time token and rope": {"conditioning": "time_token", "positions": "rope"},
-    "rms norm": {"norm": "rms_norm"},
+    "time token and rope": {"conditioning": "clock_token", "positions": "rope"},
+    "rms norm": {"norm": "root_mean_square"},
     "swish_gated": {"mlp": "swish_gated"},
     "attention of one's own": {"attention": "sharper", "options": {"temperature": 0.5}},
-    "tread": {"routing": "tread", "depth": 4},
+    "tread": {"routing": "skipping", "depth": 4},
     "tread, rope and a time token": {
-        "routing": "tread", "depth": 4, "positions": "rope", "conditioning": "time_token",
+        "routing": "skipping",
+        "depth": 4,
+        "positions": "rope",
+        "conditioning": "clock_token",
     },
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------- 1. variants of the network
@@ -138,7 +141,7 @@ def test_rotary_scores_depend_on_relative_positions_alone():
 
 
 def test_routed_tokens_leave_and_return_as_they_were():
-    model = tiny_model(routing="tread", depth=4, options={"share": 0.25})
+    model = tiny_model(routing="skipping", depth=4, options={"share": 0.25})
     route = torch.rand(2, 16)
     _, hidden = model(**tiny_inputs(model), route=route, keep=(0, 1, 2, 3))
     skipped = route.argsort(dim=1)[:, 12:]
@@ -154,7 +157,7 @@ def test_routed_tokens_leave_and_return_as_they_were():
 
 def test_the_tokens_that_stay_attend_among_themselves():
     # what a token that is left out holds changes nothing for the others until it is back
-    model = tiny_model(routing="tread", depth=4)
+    model = tiny_model(routing="skipping", depth=4)
     inputs, route = tiny_inputs(model), torch.rand(2, 16)
     stay = route.argsort(dim=1)[:, :8]
 
@@ -172,7 +175,7 @@ def test_the_tokens_that_stay_attend_among_themselves():
 
 @pytest.mark.parametrize("off", [{"options": {"share": 0.0}}, {}])
 def test_routing_switched_off_is_the_usual_network_bit_for_bit(off):
-    model = tiny_model(routing="tread", depth=4, **off)
+    model = tiny_model(routing="skipping", depth=4, **off)
     usual = tiny_model(depth=4)
     usual.load_state_dict(model.state_dict())
     inputs = tiny_inputs(model)
@@ -181,7 +184,7 @@ def test_routing_switched_off_is_the_usual_network_bit_for_bit(off):
 
 
 def test_flops_of_routed_tokens_are_fewer():
-    model = tiny_model(routing="tread", depth=4)
+    model = tiny_model(routing="skipping", depth=4)
     usual = forward_flops(model.config, 8, 8, 5)
     routed = forward_flops(model.config, 8, 8, 5, conditions={"route": (16,)})
     blocks = usual - forward_flops(replace(model.config, depth=2), 8, 8, 5)  # two of the four
@@ -219,9 +222,7 @@ def test_a_name_belongs_to_the_file_that_registered_it():
 
 def test_the_authors_controlnet_is_an_edit_of_the_stream():
     golden = load_file(ROOT / "tests" / "golden" / "model_alpha_controlnet.safetensors")
-    config = PixArtConfig(
-        hidden_size=144, depth=5, num_heads=4, caption_channels=64, caption_length=12, latent_size=32
-    )  # fmt: skip
+    config = PixArtConfig(hidden_size=144, depth=5, num_heads=4, caption_channels=64, caption_length=12, latent_size=32)
     model = PixArt(config)
     controls = torch.nn.ModuleList()
     for i in range(3):
@@ -279,7 +280,7 @@ def test_no_edit_and_nothing_kept_is_the_same_bit_for_bit():
 
 
 def test_hidden_states_are_the_images_tokens_alone():
-    model = tiny_model(conditioning="time_token", positions="rope")
+    model = tiny_model(conditioning="clock_token", positions="rope")
     _, hidden = model(**tiny_inputs(model), keep=(0,))
     assert hidden[0].shape == (2, 16, 48)
 
@@ -293,9 +294,14 @@ def example(model: PixArt) -> Example:
     inputs = tiny_inputs(model)
     given = {"caption": inputs["caption"], "caption_mask": inputs["caption_mask"]}
     return Example(
-        x0, noise, torch.tensor([0.2, 0.7]), given, model.y_embedder.y_embedding,
-        targets={"colours": torch.randn(2, 16, 3, generator=g)}, draws={"second": torch.tensor([0.9, 0.4])},
-    )  # fmt: skip
+        x0,
+        noise,
+        torch.tensor([0.2, 0.7]),
+        given,
+        model.y_embedder.y_embedding,
+        targets={"colours": torch.randn(2, 16, 3, generator=g)},
+        draws={"second": torch.tensor([0.9, 0.4])},
+    )
 
 
 def flow_parts() -> Parts:
@@ -351,7 +357,7 @@ def test_flops_of_an_objective_are_those_of_all_its_calls():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"wieght": 1}, "objective 'everything' refuses its options .*wieght"), ({"weight": 0.1}, None)],
+    [({"wieght": 1}, "objective 'everything' does not accept its options .*wieght"), ({"weight": 0.1}, None)],
 )
 def test_options_of_an_objective_are_its_keywords(options, match):
 
@@ -387,8 +393,9 @@ def base(tmp_path_factory) -> dict:
     (folder / "mine").mkdir()
     extension = Path(shutil.copy(ROOT / "tests" / "ideas.py", folder / "mine" / "my_ideas.py"))
     text = extension.read_text()
-    for name in ("adaln", "time_token", "rope", "rms_norm", "swish_gated", "sharper", "tread", "busy", "patch_contrast",
-                 "patch_colours", "everything", "stripes", "one_step", "low_rank", "mae", "cosine"):  # fmt: skip
+    for name in ("adaln", "clock_token", "rope", "root_mean_square", "swish_gated", "sharper", "skipping", "busy",
+                 "patch_contrast", "patch_colours", "everything", "stripes", "one_step", "low_rank", "mae",
+                 "cosine"):  # fmt: skip
         text = text.replace(f'"{name}"', f'"my_{name}"')
     extension.write_text(text)
     pictures = make_pictures(folder / "pictures", count=16)
@@ -402,7 +409,7 @@ def base(tmp_path_factory) -> dict:
         made, extensions=[str(extension)], data__format="my_stripes", data__flip=True, data__validation=0.2,
         data__conditions={"contrast": "my_patch_contrast"}, data__targets={"colours": "my_patch_colours"},
         data__features=str(folder / "store"), extract={"mirrored": True},
-        model__conditioning="my_adaln", model__positions="my_rope", model__norm="my_rms_norm",
+        model__conditioning="my_adaln", model__positions="my_rope", model__norm="my_root_mean_square",
         model__mlp="my_swish_gated", model__attention="my_sharper", model__options={"temperature": 0.5},
         model__routing="my_busy", model__depth=3,
         diffusion={"schedule": "flow", "prediction": "velocity"},
@@ -469,12 +476,14 @@ def test_a_metric_of_ones_own_is_in_the_log_the_summary_the_table_and_the_plot(b
     for key, choose in (("mae_0.5", min), ("likeness", max)):
         best = choose(rows, key=lambda row: row[key])
         assert (summary[key], summary[f"best_{key}"], summary[f"best_{key}_step"]) == (
-            rows[-1][key], best[key], best["step"],
-        )  # fmt: skip
+            rows[-1][key],
+            best[key],
+            best["step"],
+        )
     assert "best_likeness_red" not in summary
     pytest.importorskip("matplotlib")
-    result = run_script(
-        "plot", again, run, "--output", tmp_path / "plot.png", "--extension", base["extensions"][0]
+    result = run_command(
+        "compare", again, run, "--output", tmp_path / "plot.png", "--extension", base["extensions"][0]
     )  # the file is for the network, whose parameters are counted; the metrics are known from the runs
     assert result.returncode == 0, result.stderr
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()[:4]]
@@ -497,8 +506,10 @@ def test_a_run_of_ones_own_ideas_goes_on_bit_for_bit(base, run, tmp_path):
     train(build(base, output=str(again)))
     first, second = (tensors(newest_checkpoint(place, print)) for place in (run, again))
     assert {name.split(":")[0] for name in first} >= {
-        "parts/projector.safetensors", "parts/projector.ema.safetensors", "parts/target.kept.safetensors",
-    }  # fmt: skip
+        "parts/projector.safetensors",
+        "parts/projector.ema.safetensors",
+        "parts/target.kept.safetensors",
+    }
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -525,7 +536,7 @@ def test_the_model_loads_samples_and_exports_where_the_file_is_passed(base, run,
 
 def test_a_strangers_run_never_runs_its_copy(run, tmp_path):
     # in a process that has not been given the file
-    result = run_script("sample", "--model", run, "a square", "--out", tmp_path / "samples")
+    result = run_command("sample", "--model", run, "a square", "--out", tmp_path / "samples")
     assert result.returncode == 2
     assert "there is no 'my_adaln'" in result.stderr and "--extension" in result.stderr
 
@@ -536,7 +547,7 @@ def test_an_extension_that_changed_is_refused_at_resume_unless_it_is_accepted(ba
     changed = tmp_path / "my_ideas.py"
     changed.write_text(Path(base["extensions"][0]).read_text() + "\n# a remark\n")
     more = change(base, output=str(again), extensions=[str(changed)], train__steps=5)
-    with pytest.raises(InputError, match=r"my_ideas.py is not what .* was trained with"):
+    with pytest.raises(InputError, match=r"my_ideas.py differs from what .* has been trained with"):
         train(build(more))
     kept = (again / "extensions" / "my_ideas.py").read_text()
     assert kept == Path(base["extensions"][0]).read_text()
@@ -564,7 +575,7 @@ def test_missing_extensions_and_arrays_are_one_line_before_any_work(base, store,
         train(build(base, extensions=[str(tmp_path / "gone.py")]))
     ARRAYS.register("my_other")(ideas.patch_colours)
     new = change(base, output=str(tmp_path / "run"))
-    with pytest.raises(InputError, match=r"has no array my_other"):
+    with pytest.raises(InputError, match=r"has no arrays named my_other"):
         train(build(new, data__targets={"colours": "my_other"}))
     with pytest.raises(InputError, match=r"data.targets: there is no 'my_patch_colour'; did you mean"):
         train(build(new, data__targets={"colours": "my_patch_colour"}))
@@ -573,7 +584,7 @@ def test_missing_extensions_and_arrays_are_one_line_before_any_work(base, store,
 def test_draws_of_a_network_and_an_objective_reach_them_and_change_no_other(base, tmp_path):
     load_extensions(base["extensions"])
     plain = change(base, data__features=None, data__conditions={}, model__routing=None)
-    routed = change(plain, model__routing="my_tread", model__depth=3)
+    routed = change(plain, model__routing="my_skipping", model__depth=3)
 
     samples = []
     for config in map(build, (plain, routed)):
@@ -593,9 +604,13 @@ def test_draws_of_a_network_and_an_objective_reach_them_and_change_no_other(base
 @pytest.fixture(scope="module")
 def adapted(base, store, run) -> dict:
     return change(
-        base, output=f"{base['output']}_adapted", init_from=str(run), optimizer__groups=[], optimizer__lr=0.05,
+        base,
+        output=f"{base['output']}_adapted",
+        init_from=str(run),
+        optimizer__groups=[],
+        optimizer__lr=0.05,
         adapter={"kind": "my_low_rank", "options": {"rank": 3}},
-    )  # fmt: skip
+    )
 
 
 def test_an_adapter_trains_alone_on_a_base_that_stays_and_its_checkpoint_holds_it_alone(adapted, run, tmp_path):
@@ -634,7 +649,9 @@ def test_a_new_adapter_changes_nothing_and_options_and_bases_are_checked(adapted
     fresh = change(adapted, output=str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"adapter 'my_low_rank' refuses its options .*rang"):
         train(build(fresh, adapter={"kind": "my_low_rank", "options": {"rang": 3}}))
-    with pytest.raises(InputError, match="adapter: it is trained on top of a network; name that as init_from"):
+    with pytest.raises(
+        InputError, match="adapter: it is trained on top of an existing network; name that network as init_from"
+    ):
         build(fresh, init_from=None)
 
 
@@ -643,7 +660,7 @@ def test_a_new_adapter_changes_nothing_and_options_and_bases_are_checked(adapted
 def test_two_processes_killed_and_not_end_alike_and_as_one(base, store, run, tmp_path, kind):
     steps = {"train__steps": 12, "train__save_every": 2, "train__sample_every": 0, "train__deterministic": True}
     config = write(tmp_path / "config.yaml", change(base, **steps))
-    verdict = chaos(config, tmp_path / "chaos", processes=2, kills=1, overrides=[f"train.parallel={kind}"])
+    verdict = chaos(config, tmp_path / "chaos", processes=2, faults=["kill"], overrides=[f"train.parallel={kind}"])
     assert verdict.good, verdict
     one = train(build(base, **steps, output=str(tmp_path / "one"))).run
     two = tmp_path / "chaos" / "whole"

@@ -1,4 +1,4 @@
-"""A run that is ready for its first step: what its settings make of samples, their order and the null caption."""
+"""A run before its first step: how settings determine samples, their order and the null caption."""
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ def test_settings_of_data_and_seed_reach_the_samples_and_their_order(base, tmp_p
         Image.linear_gradient("L").rotate(90).resize((8, 8)).save(path)
     base = change(base, data__folder=str(folder), data__every=3)
     plain = start(build(base, train__batch_size=1))
-    changed = start(build(base, train__batch_size=1, output=f"{base['output']}2", seed=1, data__flip=True,
-                          data__posterior="mean"))  # fmt: skip
+    changed = start(
+        build(base, train__batch_size=1, output=f"{base['output']}2", seed=1, data__flip=True, data__posterior="mean")
+    )
     for session in (plain, changed):
         assert [record.id for record in session.data.train.dataset.records] == ["00.png", "03.png", "06.png"]
     samples = [[session.data.train.dataset[epoch, 0] for epoch in range(20)] for session in (plain, changed)]

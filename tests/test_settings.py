@@ -1,4 +1,4 @@
-"""Settings know themselves: what a change of one means is said beside it."""
+"""Settings carry metadata that says what a change of each means."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ class Outer:
     strict: Inner = field(default_factory=Inner)
 
 
-def test_what_a_setting_does_not_say_is_as_its_section_says_else_the_strictest():
+def test_metadata_that_a_setting_lacks_comes_from_its_section_or_is_the_strictest():
     assert Outer(3).first == 3 and Outer(3).free == Inner()
     keys = ("first", "free.plain", "free.own", "strict.plain", "strict.own")
     assert [meaning(Outer, key, "resume") for key in keys] == ["free", "free", "quiet", "fixed", "quiet"]
@@ -41,7 +41,7 @@ def test_a_run_is_what_its_settings_say_that_are_fixed():
     for key in ("seed", "model.depth", "diffusion.weighting", "objective.name", "data.flip", "train.batch_size",
                 "train.ema", "optimizer.lr", "vae.kind", "text.clean", "init_from", "data.split_seed"):  # fmt: skip
         assert of["resume"][key] == "fixed", key
-    for key in ("train.steps", "train.parallel", "sample.steps", "evaluate.retrieval", "extract.batch_size", "prompts"):
+    for key in ("train.steps", "train.parallel", "sample.steps", "evaluate.metrics", "extract.batch_size", "prompts"):
         assert of["resume"][key] == "free", key
     quiet = {key for key, value in of["resume"].items() if value == "quiet"}
     assert quiet == {"output", "resume", "data.workers", "data.cache"}

@@ -1,4 +1,4 @@
-"""The same pictures from every source: one set of pixels, captions and sizes; and what each source refuses."""
+"""The same images from every source give the same pixels, captions and sizes; and what each source refuses."""
 
 import gzip
 import io
@@ -218,8 +218,11 @@ def test_a_field_that_no_picture_has_is_refused_with_those_there_are(samples, tm
     there = text.split("there are ")[1].split(", ")
     assert {"llava", usual} <= set(there)
     assert "lava" not in there
-    alone = refused(tmp_path / "set" if kind != "official" else tmp_path / "set/InternalData/set", format=kind,
-                    captions={"lava": 1.0})  # fmt: skip
+    alone = refused(
+        tmp_path / "set" if kind != "official" else tmp_path / "set/InternalData/set",
+        format=kind,
+        captions={"lava": 1.0},
+    )
     assert {"llava", usual} <= set(alone.split("there are ")[1].split(", "))
 
 
@@ -261,7 +264,7 @@ def test_on_a_fine_grid_each_caption_is_taken_as_often_as_its_weight_says(intege
 
 
 @given(st.integers(1, 30), st.floats(0, 1, exclude_max=True))
-def test_equal_weights_choose_by_index_exactly(count, u):
+def test_equal_weights_choose_uniformly_by_index(count, u):
     names = tuple(map(str, range(count)))
     assert Record("a", Path("a"), names, (1 / count,) * count, 1, 1, SQUARE[0]).choose(u) == names[int(u * count)]
 
@@ -269,13 +272,13 @@ def test_equal_weights_choose_by_index_exactly(count, u):
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        ({"text": -0.5, "llava": 1}, "text has the weight -0.5, expected 0 or more"),
+        ({"text": -0.5, "llava": 1}, "data.captions.text: got -0.5, expected 0 or more"),
         ({"text": 0, "llava": 0}, "all weights are 0"),
-        ({"text": float("inf")}, "text has the weight inf"),
+        ({"text": float("inf")}, "data.captions.text: got inf, expected 0 or more, and finite"),
         ({"text": "much"}, "data.captions.text|captions.text: got 'much', expected a number"),
     ],
 )
-def test_weights_that_are_none_are_refused(captions, message):
+def test_invalid_weights_are_refused(captions, message):
     with pytest.raises(InputError, match=message):
         build(DataConfig, {"folder": "x", "captions": captions})
 
@@ -309,13 +312,19 @@ def test_captions_of_a_file_join_those_of_every_source(samples, tmp_path, layout
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"id": "other.png", "vlm": "x"}\n', "is of other images: none of its 1 ids is in .*'other.png', .*'00.png'"),
-        ("", "no caption in .*c.jsonl"),
-        ('{"id": "00.png"}\n', "c.jsonl:1: expected an object of an id and one caption field"),
-        ('{"id": "00.png", "a": "x", "b": "y"}\n', "c.jsonl:1: expected an object of an id and one caption field"),
+        (
+            '{"id": "other.png", "vlm": "x"}\n',
+            "belongs to other images: none of its 1 ids is in .*'other.png', .*'00.png'",
+        ),
+        ("", "no captions in .*c.jsonl"),
+        ('{"id": "00.png"}\n', "c.jsonl:1: expected an object with an id and one caption field"),
+        ('{"id": "00.png", "a": "x", "b": "y"}\n', "c.jsonl:1: expected an object with an id and one caption field"),
         ('{"id": "00.png", "vlm": 3}\n', "c.jsonl:1: vlm is 3, expected a text"),
         ('{"id": "00.\n{"id": "01.png", "vlm": "x"}\n', "c.jsonl:1: not valid JSON"),
-        ('{"id": "00.png", "vlm": "x"}\n{"id": "00.png", "vlm": "y"}\n', "c.jsonl:2: another caption of '00.png'"),
+        (
+            '{"id": "00.png", "vlm": "x"}\n{"id": "00.png", "vlm": "y"}\n',
+            "c.jsonl:2: a second, different caption of '00.png'",
+        ),
     ],
 )
 def test_wrong_caption_files_are_refused_with_their_place(samples, tmp_path, content, message):
@@ -350,9 +359,9 @@ def test_pictures_go_into_ones_own_buckets(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([(24, 32)], "24×32 is not of multiples of 16"),
-        ([(0, 32)], "0×32 is not"),
-        ([(-16, 32)], "-16×32 is not"),
+        ([(24, 32)], "24×32 are not multiples of 16"),
+        ([(0, 32)], "0×32 are not"),
+        ([(-16, 32)], "-16×32 are not"),
         ([(16, 16), (32, 32)], "16×16 and 32×32 both have the ratio 1.0"),
     ],
 )
@@ -379,7 +388,7 @@ def members(path: Path) -> dict[str, tarfile.TarInfo]:
 
 
 @pytest.mark.parametrize("where", ["in a picture", "in a header", "between two", "in the text", "before the end mark"])
-def test_of_a_torn_tar_the_good_part_is_kept_and_the_shard_named(samples, tmp_path, where):
+def test_the_readable_part_of_a_truncated_tar_is_kept_and_the_shard_is_named(samples, tmp_path, where):
     shards = as_webdataset(samples, tmp_path)
     third = members(shards / "00000.tar")["02.png"]
     last = members(shards / "00000.tar")["04.json"]
@@ -419,7 +428,7 @@ def test_a_compressed_tar_is_refused_by_name_and_by_content(samples, tmp_path):
     assert "plain .tar" in refused(write(tmp_path / "only" / "a.tgz", packed).parent)
 
 
-def test_what_is_no_tar_is_named(samples, tmp_path):
+def test_files_that_are_not_tars_are_named(samples, tmp_path):
     shards = as_webdataset(samples, tmp_path)
     write(shards / "00002.tar", b"this is no tar at all" * 99)
     write(shards / "00003.tar", b"")
@@ -434,7 +443,6 @@ def test_odd_samples_of_a_tar_are_left_out_and_named_with_the_reason(samples, tm
         for name, data in [
             ("good.png", image), ("good.txt", b"x"), ("no_image.txt", b"x"), ("two.png", image), ("two.jpg", image),
             ("./deep/er.PNG", image), ("./deep/er.json", b'{"caption": "y"}'), ("mute.png", image),
-            ("json.png", image), ("json.json", b"{"), ("latin.png", image), ("latin.txt", "é".encode("latin-1")),
             ("twice.png", image), ("twice.txt", b"x"), ("twice.png", b"other"), ("._hidden.png", b"x"),
             ("zero.png", b""), ("zero.txt", b"x"),
         ]:  # fmt: skip
@@ -445,9 +453,7 @@ def test_odd_samples_of_a_tar_are_left_out_and_named_with_the_reason(samples, tm
     assert problems.pop("a/no_image") == "no images in this sample; there are txt"
     assert problems.pop("a/two") == "2 images in this sample; there are png, jpg"
     assert problems.pop("a/mute.png") == problems.pop("a/deep/er.PNG") == "no caption in its .txt and .json"
-    assert "its .json cannot be read" in problems.pop("a/json.png")
-    assert "its .txt cannot be read" in problems.pop("a/latin.png")
-    assert "stands twice" in problems.pop("a/twice.png")
+    assert "is in its shard twice" in problems.pop("a/twice.png")
     assert problems.pop("a/zero.png") == "unreadable: cannot identify it as an image"
     assert problems == {}
     assert look(tmp_path, captions={"caption": 1.0}).records[0].id == "a/deep/er.PNG"
@@ -482,9 +488,9 @@ def test_without_the_package_datasets_the_extra_is_named(samples, tmp_path, monk
 def test_a_table_without_one_column_of_images_is_refused_with_its_columns(samples, tmp_path):
     table = make_table(samples)
     table.remove_columns("image").save_to_disk(tmp_path / "none")
-    assert "there are 0 (text: Value, llava: Value)" in refused(tmp_path / "none")
+    assert "found 0 (text: Value, llava: Value)" in refused(tmp_path / "none")
     table.add_column("second", [{"bytes": b"", "path": ""}] * 8).save_to_disk(tmp_path / "two")
-    assert "there are 2 (image: Image, text: Value, llava: Value, second: dict)" in refused(tmp_path / "two")
+    assert "found 2 (image: Image, text: Value, llava: Value, second: dict)" in refused(tmp_path / "two")
 
 
 def test_splits_without_train_are_refused_with_their_names(samples, tmp_path):
@@ -492,7 +498,7 @@ def test_splits_without_train_are_refused_with_their_names(samples, tmp_path):
 
     table = make_table(samples)
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "set")
-    assert "it has the splits a, b and no train" in refused(tmp_path / "set")
+    assert "it has the splits a, b but no train" in refused(tmp_path / "set")
     assert len(look(tmp_path / "set" / "a").records) == 8
 
 
@@ -506,7 +512,7 @@ def test_a_damaged_table_is_refused_and_rows_without_a_picture_are_left_out(samp
     features = datasets.Features(image=datasets.Image(), text=datasets.List(datasets.Value("string")))
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "rows")
     report = look(tmp_path / "rows")
-    assert report.problems[0] == ("00000000", "unreadable: the row holds no picture")
+    assert report.problems[0] == ("00000000", "unreadable: the row holds no image")
     assert report.problems[1][0] == "00000001"
     assert (len(report.problems), report.unreadable, len(report.records)) == (2, 2, 298)
     assert report.records[0].captions == ("one", "two")
@@ -540,8 +546,8 @@ def with_list(samples: list[Sample], root: Path, change) -> Path:
         ),
         (lambda items: items.insert(1, "a.png"), "item 2: expected an object with path and prompt, got a.png"),
         (lambda items: {"items": items}, "expected a list of objects with path and prompt, got a dict"),
-        (lambda items: items[0].update(path="../00.png"), "item 1: '../00.png' leads out of the folder"),
-        (lambda items: items[0].update(path="/etc/00.png"), "item 1: '/etc/00.png' leads out of the folder"),
+        (lambda items: items[0].update(path="../00.png"), "item 1: '../00.png' leads outside of the folder"),
+        (lambda items: items[0].update(path="/etc/00.png"), "item 1: '/etc/00.png' leads outside of the folder"),
         (lambda items: items[0].update(path=3), "item 1: path is 3, expected a path"),
         (lambda items: items[0].update(height="8"), "item 1: height is '8', expected a number of pixels"),
         (lambda items: items[0].update(width=0), "item 1: width is 0, expected a number of pixels"),
@@ -579,8 +585,8 @@ def test_a_wrong_size_in_a_list_is_a_problem_and_a_size_before_rotation_is_none(
     assert [record.id for record in report.records] == [f"00/{i:02d}.png" for i in (1, 2, 4, 5, 6, 7)]
     assert (report.records[-1].height, report.records[-1].width) == (12, 8)
     assert dict(report.problems) == {
-        "00/00.png": f"{file}, item 1 says 8×9 px (width × height), the picture has 8×8",
-        "00/02.png": "stands twice in the list; the second one is left out",
+        "00/00.png": f"{file}, item 1 says 8×9 px (width × height), but the image has 8×8",
+        "00/02.png": "is in the list twice; the second one is left out",
     }
 
 
@@ -602,7 +608,8 @@ def test_a_partition_that_names_a_missing_image_says_so(samples, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("../x", "leads out of the folder"), ("/etc/x.png", "part2.txt:1: '/etc/x.png' leads out")]
+    ("line", "message"),
+    [("../x", "leads outside of the folder"), ("/etc/x.png", "part2.txt:1: '/etc/x.png' leads outside")],
 )
 def test_a_partition_that_leads_out_of_the_folder_is_refused(samples, tmp_path, line, message):
     root = as_sam(samples, tmp_path)
@@ -613,7 +620,7 @@ def test_a_partition_that_leads_out_of_the_folder_is_refused(samples, tmp_path, 
 def test_a_sam_folder_that_lacks_a_part_of_the_layout_is_refused(samples, tmp_path):
     root = as_sam(samples, tmp_path)
     write(root / "partition" / "part2.txt", "00.png")
-    assert dict(look(root).problems) == {"00.png": "stands twice in the partition; the second one is left out"}
+    assert dict(look(root).problems) == {"00.png": "is in the partition twice; the second one is left out"}
     (root / "captions").rename(tmp_path / "other")
     assert "no captions/ in it" in refused(root, format="sam")
     (tmp_path / "other").rename(root / "captions")

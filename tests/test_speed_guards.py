@@ -1,4 +1,4 @@
-"""What keeps it fast and can be claimed without a clock: no work twice, no waiting for a device, no compiling twice."""
+"""Claims about speed that need no clock: no repeated work, no device synchronisation, no repeated compilation."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixart.benchmark.measure import count_flops
 from pixart.benchmark.networks import call_diffusers, network_in_diffusers
-from pixart.benchmark.training import random_batch
 from pixart.checkpoint import ModelCard
 from pixart.cpu import use_onednn
 from pixart.data.buckets import bucket_table
@@ -21,6 +20,7 @@ from pixart.inference.latents import sample_latents
 from pixart.model import PixArt, PixArtConfig
 from pixart.model.flops import forward_flops, training_flops
 from pixart.train.ema import make_ema, update_ema
+from pixart.train.random_batch import random_batch
 from pixart.train.step import make_example
 from runs import build, settings
 from toy import TINY, relative, tiny_inputs, tiny_model

@@ -1,13 +1,12 @@
-"""Starting from other weights: what must stay equal stays equal."""
+"""Initialisation from other weights: outputs stay equal where they must."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
-import ideas  # noqa: F401 - registers DiT's modulation
-from pixart.checkpoint.detect import is_dit
 from pixart.checkpoint.files import ModelCard
+from pixart.checkpoint.foreign import is_dit
 from pixart.checkpoint.init_from import start_from, start_from_dit, start_from_pixart
 from pixart.checkpoint.save import save
 from pixart.diffusion.schedule import DiffusionConfig
@@ -56,7 +55,7 @@ def test_new_micro_conditions_can_learn():
         assert embedder.mlp[2].weight.grad.abs().sum() > 0
 
 
-def test_what_is_new_or_left_out_is_said():
+def test_new_and_left_out_tensors_are_reported():
     notes = start_from_pixart(
         fresh(kv_compression="conv", kv_blocks=(1,)), tiny_model(micro_conditions=True).state_dict()
     )
@@ -87,7 +86,7 @@ def test_a_start_takes_the_averaged_weights_of_a_checkpoint_with_both(tmp_path):
         assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
 
 
-def test_a_null_caption_of_zeros_stands_for_none():
+def test_a_null_caption_of_zeros_counts_as_none():
     model = fresh()
     own = model.y_embedder.y_embedding.clone()
     state = {**tiny_model().state_dict(), "y_embedder.y_embedding": torch.zeros(12, 16)}
@@ -105,17 +104,27 @@ def dit_weights(width: int, depth: int, seed: int = 0) -> dict[str, torch.Tensor
     """Random weights under DiT's names."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
-        "x_embedder.proj.weight": (width, 4, 2, 2), "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (11, width), "pos_embed": (1, 16, width),
-        "final_layer.linear.weight": (32, width), "final_layer.linear.bias": (32,),
+        "x_embedder.proj.weight": (width, 4, 2, 2),
+        "x_embedder.proj.bias": (width,),
+        "t_embedder.mlp.0.weight": (width, 256),
+        "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width),
+        "t_embedder.mlp.2.bias": (width,),
+        "y_embedder.embedding_table.weight": (11, width),
+        "pos_embed": (1, 16, width),
+        "final_layer.linear.weight": (32, width),
+        "final_layer.linear.bias": (32,),
         "final_layer.adaLN_modulation.1.weight": (2 * width, width),
         "final_layer.adaLN_modulation.1.bias": (2 * width,),
-    }  # fmt: skip
+    }
     for i in range(depth):
-        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4),
-                                    ("adaLN_modulation.1", 6, 1)):  # fmt: skip
+        for name, rows, columns in (
+            ("attn.qkv", 3, 1),
+            ("attn.proj", 1, 1),
+            ("mlp.fc1", 4, 1),
+            ("mlp.fc2", 1, 4),
+            ("adaLN_modulation.1", 6, 1),
+        ):
             shapes[f"blocks.{i}.{name}.weight"] = (rows * width, columns * width)
             shapes[f"blocks.{i}.{name}.bias"] = (rows * width,)
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
@@ -170,24 +179,28 @@ def test_a_start_from_dit_equals_dit_block_by_block_at_t_500(width, depth, heads
 
 @pytest.mark.parametrize(
     "lost",
-    ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.1.mlp.fc2.bias",
-     "final_layer.adaLN_modulation.1.weight", "blocks.0.adaLN_modulation.1.weight"],
-)  # fmt: skip
+    [
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "blocks.1.mlp.fc2.bias",
+        "final_layer.adaLN_modulation.1.weight",
+        "blocks.0.adaLN_modulation.1.weight",
+    ],
+)
 def test_only_what_has_all_of_dits_names_and_no_other_in_its_blocks_is_a_dit(lost):
     state = dit_weights(48, 2)
     assert is_dit(state)
     assert not is_dit({**state, "blocks.1.cross_attn.proj.weight": torch.zeros(48, 48)})
-    assert not is_dit(tiny_model(conditioning="adaln").state_dict())
+    assert not is_dit(tiny_model(conditioning="adaln_per_block").state_dict())
     del state[lost]
     assert not is_dit(state)
 
 
-@pytest.mark.parametrize("format", ["ours", "official"])
-def test_a_network_with_dits_modulations_is_started_from_by_its_card_not_taken_for_a_dit(format, tmp_path):
-    source = tiny_model(conditioning="adaln")
-    save(source, ModelCard(source.config), tmp_path / "x.pth", format)
-    model = fresh(conditioning="adaln")
-    assert start_from(model, str(tmp_path / "x.pth")) == []
+def test_a_network_with_dits_modulations_is_started_from_by_its_card_not_taken_for_a_dit(tmp_path):
+    source = tiny_model(conditioning="adaln_per_block")
+    save(source, ModelCard(source.config), tmp_path / "x", "ours")
+    model = fresh(conditioning="adaln_per_block")
+    assert start_from(model, str(tmp_path / "x")) == []
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
 
@@ -199,7 +212,7 @@ def test_a_dit_of_another_size_is_refused():
         start_from_dit(fresh(in_channels=3), dit_weights(48, 2))
 
 
-def test_what_shapes_do_not_show_is_refused_or_said(tmp_path):
+def test_differences_that_shapes_do_not_show_are_refused_or_reported(tmp_path):
     source = tiny_model()
     card = ModelCard(source.config, DiffusionConfig(schedule="cosine", prediction="v"))
     save(source, card, tmp_path / "ours", "ours")
@@ -235,9 +248,12 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused_before_any_work(t
     broken = source.state_dict() | {"blocks.0.mlp.fc1.bias": torch.full((192,), torch.nan)}
     for name, state, match in [
         ("nan", broken, r"init_from: .*blocks\.0\.mlp\.fc1\.bias has NaN"),
-        ("deep", tiny_model(in_channels=3, learn_sigma=False, depth=3).state_dict(),
-         r"init_from: the weights to start from do not fit this model; unknown: blocks\.2"),
-    ]:  # fmt: skip
+        (
+            "deep",
+            tiny_model(in_channels=3, learn_sigma=False, depth=3).state_dict(),
+            r"init_from: the weights to start from do not fit this model; unknown: blocks\.2",
+        ),
+    ]:
         torch.save({"state_dict": state}, tmp_path / f"{name}.pth")
         with pytest.raises(InputError, match=match):
             check_sources(build(base, init_from=str(tmp_path / f"{name}.pth")))

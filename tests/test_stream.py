@@ -1,4 +1,4 @@
-"""Generation as a stream: lazy, in batches, in constant memory; files that are drawn once and never written over."""
+"""Generation as a stream: lazy, in batches, in constant memory; each file is drawn once and never overwritten."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
 from pixart.inference.generate import save_samples
 from pixart.inference.pipeline import Pipeline
-from runs import ROOT, command, environment, make_model
+from runs import command, environment, make_model
 from toy import relative
 
 FAST = SampleConfig(steps=2)
@@ -85,9 +85,11 @@ def test_requests_that_follow_each_other_and_fit_together_are_one_batch(pipeline
     ]  # fmt: skip
     states = pipeline.encode(["k"])[0][0]
     requests.append(Request(seed=0, text_embeddings=states))
-    drawn = list(pipeline.stream(
-        requests, FAST, output="latent", callback=lambda part, step, x, x0: seen.append((list(part), step))
-    ))  # fmt: skip
+    drawn = list(
+        pipeline.stream(
+            requests, FAST, output="latent", callback=lambda part, step, x, x0: seen.append((list(part), step))
+        )
+    )
     batches = [[0, 1], [2, 3], [4], [5, 6], [7], [8], [9, 10]]
     assert seen == [(part, step) for part in batches for step in range(1 if part == [5, 6] else 2)]
     for i, negative in ((2, "x"), (3, "y")):
@@ -108,9 +110,11 @@ def test_what_is_skipped_keeps_its_place_and_changes_no_other_images_bits(pipeli
     requests = [Request(f"number {'one ' * (i % 3)}", seed=i) for i in range(7)]
     every = list(pipeline.stream(requests, FAST, batch_size=3, output="latent"))
     calls.clear()
-    some = list(pipeline.stream(
-        requests, FAST, batch_size=3, output="latent", skip=lambda i, request: request.seed in (0, 1, 2) or i == 6
-    ))  # fmt: skip
+    some = list(
+        pipeline.stream(
+            requests, FAST, batch_size=3, output="latent", skip=lambda i, request: request.seed in (0, 1, 2) or i == 6
+        )
+    )
     assert [drawn.index for drawn in some] == [3, 4, 5]
     assert calls == [6, 6]
     for drawn in some:
@@ -120,7 +124,7 @@ def test_what_is_skipped_keeps_its_place_and_changes_no_other_images_bits(pipeli
 @pytest.mark.parametrize(
     ("request_", "match"),
     [
-        (lambda: Request(), "give one or the other"),
+        (lambda: Request(), "give exactly one of them"),
         (lambda: Request("a", strength=0.5), "strength without an image"),
         (lambda: "a", "got str, expected pixart.Request records"),
         (lambda: Request("a", height=9), "multiples of 2"),
@@ -128,7 +132,7 @@ def test_what_is_skipped_keeps_its_place_and_changes_no_other_images_bits(pipeli
         (lambda: Request("a", image="/nowhere.png"), "cannot be read as an image"),
     ],
 )
-def test_a_request_that_cannot_be_is_refused_before_its_look_ahead_is_encoded(pipeline, monkeypatch, request_, match):
+def test_an_impossible_request_is_refused_before_its_look_ahead_is_encoded(pipeline, monkeypatch, request_, match):
     monkeypatch.setattr(pipeline.text, "encode", None)
     with pytest.raises(InputError, match=match):
         next(pipeline.stream((r() for r in (lambda: Request("b"), request_)), FAST))
@@ -141,8 +145,12 @@ def resident() -> int:
 
 
 def draw_nothing(monkeypatch) -> None:
-    monkeypatch.setattr("pixart.inference.stream.sample_latents", lambda model, card, captions, null, seeds, config,
-                        **size: torch.zeros(len(seeds), 3, size["height"], size["width"]))  # fmt: skip
+    monkeypatch.setattr(
+        "pixart.inference.stream.sample_latents",
+        lambda model, card, captions, null, seeds, config, **size: torch.zeros(
+            len(seeds), 3, size["height"], size["width"]
+        ),
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
@@ -173,8 +181,8 @@ def test_the_same_call_again_draws_and_writes_nothing(pipeline, tmp_path, calls)
     before, calls[:] = files(tmp_path), []
     assert save_samples(pipeline, *arguments, count=2, say=said.append, batch_size=1) == paths
     assert files(tmp_path) == before and not calls
-    assert said[0] == f"6 images drawn, 0 there already, in {tmp_path}; contact_sheet.png shows them"
-    assert said[1] == f"0 images drawn, 6 there already, in {tmp_path}; contact_sheet.png shows them"
+    assert said[0] == f"6 images drawn, 0 already there, in {tmp_path}; contact_sheet.png shows them"
+    assert said[1] == f"0 images drawn, 6 already there, in {tmp_path}; contact_sheet.png shows them"
 
 
 def test_of_equal_images_the_one_that_is_missing_is_drawn(pipeline, tmp_path):
@@ -219,8 +227,12 @@ def test_another_setting_gets_a_name_of_its_own_and_writes_over_nothing(model_fo
 def test_strength_and_image_are_part_of_a_record(pipeline, tmp_path):
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     mask = Image.new("L", (8, 8), 255)
-    starts = [{"image": images[0]}, {"image": images[1]}, {"image": images[0], "strength": 0.9},
-              {"image": images[0], "mask": mask}]  # fmt: skip
+    starts = [
+        {"image": images[0]},
+        {"image": images[1]},
+        {"image": images[0], "strength": 0.9},
+        {"image": images[0], "mask": mask},
+    ]
     paths = [save_samples(pipeline, ["a"], tmp_path, steps=10, **start)[0] for start in starts]
     assert len(set(paths)) == 4
     assert [Image.open(p).text["strength"] for p in paths] == ["0.6", "0.6", "0.9", "1.0"]
@@ -268,7 +280,7 @@ def test_processes_share_the_images_and_the_last_makes_the_contact_sheet(pipelin
     assert sorted(map(len, shares)) == [2, 2, 3]
     assert sorted(path.name for share in shares for path in share) == [path.name for path in whole]
     assert sorted(files(tmp_path / "shared")) == sorted(files(tmp_path / "whole"))
-    assert said[0].startswith("process 2 of 3: 2 images drawn, 0 there already") and "shows" not in said[0]
+    assert said[0].startswith("process 2 of 3: 2 images drawn, 0 already there") and "shows" not in said[0]
     assert said[2].endswith("contact_sheet.png shows them")
 
 
@@ -276,7 +288,7 @@ def test_more_images_than_a_contact_sheet_holds_get_none(pipeline, tmp_path, mon
     monkeypatch.setattr("pixart.inference.generate.SHEET", 3)
     said = []
     save_samples(pipeline, ["a"], tmp_path, count=4, say=said.append)
-    assert len(files(tmp_path)) == 4 and said[0].endswith("; no contact sheet of more than 3")
+    assert len(files(tmp_path)) == 4 and said[0].endswith("; no contact sheet for more than 3")
 
 
 def test_a_large_contact_sheet_shows_its_images_smaller(pipeline, tmp_path, monkeypatch):
@@ -293,9 +305,13 @@ def start(model: Path, prompts: Path, out: Path, rank: int, ranks: int = 2) -> s
     arguments = ("--model", model, "--prompt-file", prompts, "--out", out, "--count", "2", "--batch-size", "4",
                  "--device", "cpu", "--set", "steps=4")  # fmt: skip
     return subprocess.Popen(
-        command("sample", *arguments), env={**environment(), "RANK": str(rank), "WORLD_SIZE": str(ranks)},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
+        command("sample", *arguments),
+        env={**environment(), "RANK": str(rank), "WORLD_SIZE": str(ranks)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.slow
@@ -341,7 +357,7 @@ def test_two_processes_killed_three_times_write_the_same_files_and_none_twice(mo
 def test_torchrun_starts_the_command_as_it_is(model_folder, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "scripts" / "sample.py"), "--model", str(model_folder), "a", "b", "c", "--out", str(tmp_path / "o"),
+         "-m", "pixart", "sample", "--model", str(model_folder), "a", "b", "c", "--out", str(tmp_path / "o"),
          "--device", "cpu"], env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

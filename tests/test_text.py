@@ -82,7 +82,7 @@ def test_tokens_are_counted_before_any_cut(encoder):
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_token_counts(encoder):
-    with pytest.raises(InputError, match=r"the prompt 'cat cat .*' has 17 tokens, the model takes 16; shorten it"):
+    with pytest.raises(InputError, match=r"the prompt 'cat cat .*' has 17 tokens, but the model takes 16; shorten it"):
         encoder.encode(["dog", "cat " * 15])
     states, _ = encoder.encode(["cat " * 14])
     assert states.shape[1] == 16
@@ -142,7 +142,7 @@ def test_loading_touches_neither_the_global_generator_nor_the_default_dtype():
         ("pip:no_such_package", "the package is not installed: pip install no-such-package"),
         ("pip:", "expected pip: and the name of a package"),
         ("pip:no.such", "expected pip: and the name of a package"),
-        ("pip:yaml", "no folder with config.json and tokenizer.json in "),
+        ("pip:yaml", "the package has no encoder"),
     ],
 )
 def test_a_model_that_is_not_there_is_an_error_that_says_what_is_expected(name, expected):
@@ -278,8 +278,11 @@ def test_a_spiece_folder_without_its_packages_names_the_extra(t5_folder, module,
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(t5_folder("spiece.model"))],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert f"needs the package '{package}': pip install 'pixart[text]'" in result.stdout
 
 
@@ -305,10 +308,10 @@ def test_weights_that_are_not_whole_are_refused(t5_folder, tmp_path):
     state = load_file(weights)
     lost = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
     save_file({name: tensor for name, tensor in state.items() if name != lost}, weights, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"its weights lack {lost}; the files are not whole"):
+    with pytest.raises(InputError, match=f"its weights lack {lost}; the files are incomplete"):
         TextEncoder.load(TextConfig(model=str(folder)))
     weights.write_bytes(weights.read_bytes()[:10_000])
-    with pytest.raises(InputError, match=r"cannot be loaded: .*deserializing"):
+    with pytest.raises(InputError, match=r"describes .* weights, .* truncated"):
         TextEncoder.load(TextConfig(model=str(folder)))
     weights.unlink()
     with pytest.raises(InputError, match=r"cannot be loaded: .*no file named model"):
@@ -316,7 +319,7 @@ def test_weights_that_are_not_whole_are_refused(t5_folder, tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused_and_does_not_get_an_empty_one(t5_folder):
-    with pytest.raises(InputError, match=r"its tokenizer has \d+ pieces, the encoder 32128"):
+    with pytest.raises(InputError, match=r"its tokenizer has \d+ tokens, but the encoder 32128"):
         TextEncoder.load(TextConfig(model=str(t5_folder())))
 
 

@@ -1,4 +1,4 @@
-"""One step of training against its definition: what the network is given, whose mean the loss is, what follows."""
+"""One training step against its definition: the network's inputs, the mean over which the loss is taken, the update."""
 
 import math
 from contextlib import nullcontext
@@ -98,6 +98,20 @@ def gradient_of_mean(state: TrainState, batches: list[Batch], config) -> tuple[t
     mean = torch.cat(losses)[torch.cat(read)].mean()
     gradients = torch.autograd.grad(mean, list(network.parameters()), allow_unused=True, materialize_grads=True)
     return mean.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def test_the_weight_of_an_images_loss_multiplies_its_gradient(base):
+    config, batch = build(base, train__caption_dropout=0.0), make_batch()
+    batch.loss_weight = torch.tensor([1.0, 1.0, 0.25, 0.0])
+    state = make_state(config)
+    before, network = weights(state.parts.network), state.parts.network
+    losses = state.parts.objective(network, make_example(batch, network, IdentityAutoencoder(), config))["loss"]
+    expected = (losses[0] + losses[1] + 0.25 * losses[2]) / 4
+    gradients = torch.autograd.grad(expected, list(network.parameters()), allow_unused=True, materialize_grads=True)
+    gradient = torch.cat([each.flatten() for each in gradients])
+    report = take_step(state, [batch], config)
+    assert report.loss == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(before - weights(network), gradient, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- what the network is given

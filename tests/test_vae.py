@@ -74,9 +74,12 @@ def test_moments_and_decode_equal_those_of_diffusers(widths):
 def test_names_and_shapes_are_those_of_diffusers_at_full_size(scale):
     with torch.device("meta"):
         theirs = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=scale,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            scaling_factor=scale,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
         ours = AutoencoderKL(VaeConfig(scaling_factor=scale))
     assert VaeConfig.from_diffusers(dict(theirs.config)) == ours.config
     shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""Validation: a number by which runs can be compared that were trained in different ways."""
+"""Validation: an error by which differently trained runs can be compared."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_what_is_held_out_stays_so_when_images_come_or_more_is_held_out_and_diff
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "flow"])
-def test_the_time_of_a_ratio_has_it(schedule):
+def test_time_of_returns_the_time_of_a_noise_to_signal_ratio(schedule):
     schedule = make_schedule(DiffusionConfig(schedule, "x0"))
     for ratio in (*RATIOS, 0.1, 60.0):
         alpha, sigma = schedule.alpha_sigma(schedule.time_of(ratio))
@@ -65,7 +65,7 @@ def test_the_time_of_a_ratio_has_it(schedule):
 
 
 @pytest.mark.parametrize(("name", "prediction"), PAIRS)
-def test_a_denoiser_that_knows_only_the_variance_errs_by_1_whatever_it_predicts(name, prediction):
+def test_the_best_linear_denoiser_of_white_noise_has_error_1_for_every_prediction(name, prediction):
     config = DiffusionConfig(name, prediction)
     schedule = make_schedule(config)
 
@@ -90,8 +90,11 @@ def test_the_one_number_is_the_geometric_mean_which_no_ratio_dominates():
 
 def test_a_mean_of_an_earlier_version_is_read_as_the_geometric_one(tmp_path):
     errors = {"validation_error_0.25": 8.0, "validation_error_1": 2.0}
-    rows = [{"step": 1, "validation_error": 5.0, **errors}, {"step": 2, "validation_error": 4.0, **errors},
-            {"step": 3, "validation_error": None, **errors, "validation_error_1": None}]  # fmt: skip
+    rows = [
+        {"step": 1, "validation_error": 5.0, **errors},
+        {"step": 2, "validation_error": 4.0, **errors},
+        {"step": 3, "validation_error": None, **errors, "validation_error_1": None},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row["validation_error"] for row in read_metrics(tmp_path)] == [pytest.approx(4), pytest.approx(4), None]
     assert read_metrics(tmp_path / "none") == []
@@ -117,13 +120,16 @@ def test_a_term_of_an_objective_never_takes_the_name_of_another_number(base, tmp
     assert shown == ["validation_loss", "validation_error", *(f"validation_error_{ratio:g}" for ratio in RATIOS)]
 
 
-def test_runs_of_any_prediction_are_validated_alike(base):
+def test_runs_with_any_prediction_are_validated_in_the_same_way(base):
     # a new network says 0: the same clean picture, if it is asked for that, whatever noise it was to be drawn from
     found = {}
-    for i, diffusion in enumerate([
-        {"schedule": "flow", "prediction": "x0"}, {"schedule": "flow", "prediction": "x0", "times": "logit_normal"},
-        {"schedule": "cosine", "prediction": "x0", "weighting": "min_snr"},
-    ]):  # fmt: skip
+    for i, diffusion in enumerate(
+        [
+            {"schedule": "flow", "prediction": "x0"},
+            {"schedule": "flow", "prediction": "x0", "times": "logit_normal"},
+            {"schedule": "cosine", "prediction": "x0", "weighting": "min_snr"},
+        ]
+    ):
         config = build(base, output=f"{base['output']}{i}", diffusion=diffusion, data__validation=0.4)
         session = start(config)
         found[i] = validate(session, config)
@@ -197,7 +203,7 @@ def test_a_share_that_would_hold_out_nothing_holds_out_one_image(base, tmp_path)
     make_store(base, store)
     stored = start(build(base, output=f"{base['output']}2", data__features=str(store), data__validation=1e-9))
     assert held_out(stored).keys() == held_out(session).keys()
-    with pytest.raises(InputError, match=r"data.validation: got 1.5, expected a share from 0 to below 1"):
+    with pytest.raises(InputError, match=r"data.validation: got 1.5, expected a number from 0 to below 1"):
         build(base, data__validation=1.5)
 
 
@@ -219,7 +225,7 @@ def test_a_folder_of_its_own_is_validated_on_and_all_others_are_trained_on(base,
     assert math.isfinite(row["validation_loss"]) and math.isfinite(row["validation_error"])
 
 
-def test_other_images_to_validate_on_are_said_to_be(base, tmp_path, capsys):
+def test_a_change_of_the_held_out_images_is_reported(base, tmp_path, capsys):
     mine = make_pictures(tmp_path / "held", count=3)
     changes = {"data__validation_folder": str(mine), "train__validate_every": 3}
     train(build(base, **changes))
@@ -236,14 +242,14 @@ def test_settings_of_held_out_images_that_contradict_each_other_are_refused(base
         build(base, data__validation_features="store")
     with pytest.raises(InputError, match=r"data.validation_folder: .*these are the images to train on"):
         start(build(base, data__validation_folder=base["data"]["folder"]))
-    with pytest.raises(InputError, match=r"data.validation_folder: .*nowhere: there is none"):
+    with pytest.raises(InputError, match=r"data.validation_folder: .*nowhere: no such folder"):
         start(build(base, data__validation_folder=str(tmp_path / "nowhere")))
     make_store(base, tmp_path / "store")
     with pytest.raises(InputError, match=r"data.validation_folder: .* data.validation_features"):
         start(build(base, data__features=str(tmp_path / "store"), data__validation_folder=mine))
 
 
-def test_a_number_that_is_not_finite_is_null_in_every_file_and_is_said(base, monkeypatch, capsys):
+def test_a_non_finite_number_is_null_in_every_file_and_is_reported(base, monkeypatch, capsys):
     def start_and_lose_images(config, **options):
         session = start(config, **options)
         for record in session.data.held_out.dataset.records:

@@ -1,4 +1,4 @@
-"""A model with a closed form, a tiny PixArt, and how far two tensors are apart."""
+"""A model with a closed form, a tiny PixArt, and the relative distance of two tensors."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 
 def toy_network(c: Tensor):
-    """ε of a Gaussian mixture's kin under a smooth schedule; the golden solver files were made with it."""
+    """A smooth ε resembling that of a Gaussian mixture; the golden solver files were made with it."""
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         tau = ((t + 1) / 1000)[:, None, None, None]
@@ -25,8 +25,13 @@ def toy_network(c: Tensor):
 
 
 TINY = {
-    "hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 16, "caption_length": 12, "latent_size": 8,
-}  # fmt: skip
+    "hidden_size": 48,
+    "depth": 2,
+    "num_heads": 4,
+    "caption_channels": 16,
+    "caption_length": 12,
+    "latent_size": 8,
+}
 
 
 def tiny_model(seed: int = 0, **changes) -> PixArt:

@@ -1,4 +1,4 @@
-"""The public surface as a user calls it: type-checked with --strict, never run. `assert_type` is what comes back."""
+"""The public surface as a user calls it: type-checked with --strict, never run. `assert_type` checks return types."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,9 +67,13 @@ def learn(model: PixArt) -> RunResult:
         assert_type(report.loss, Tensor)
 
     result = train(
-        config, data=[sample], model=model, objective=lambda network: Mine(config.diffusion, network), on_step=on_step,
+        config,
+        data=[sample],
+        model=model,
+        objective=lambda network: Mine(config.diffusion, network),
+        on_step=on_step,
         should_stop=lambda: False,
-    )  # fmt: skip
+    )
     assert_type(result.finished, bool)
     train("config.yaml")  # type: ignore[arg-type]
     return result

@@ -2,3 +2,7 @@
 
 Nothing of data or of the training loop may enter it.
 """
+
+from pixart.adapters.lora import Lora
+
+__all__ = ["Lora"]

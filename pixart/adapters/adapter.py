@@ -1,7 +1,7 @@
 """The contract of an adapter, and adapters by name."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -30,10 +30,14 @@ ADAPTERS: Registry[type[Adapter]] = Registry("adapter.kind")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which adapter a network has."""
+    """Which adapter a network has. Options may be written beside `kind`, as {kind: lora, rank: 16}."""
+
+    rest: ClassVar[str] = "options"  # the field that takes all other keys
 
     kind: str  # a key of ADAPTERS
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its constructor
+    # of the frozen network's weights; bfloat16 halves their memory, and autocast to it computes the same products
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def adapt(network: PixArt, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -52,7 +56,8 @@ def adapt(network: PixArt, config: AdapterConfig, seed: int = 0) -> Adapter:
         raise InputError(f"adapter '{config.kind}' with {config.options}: it has no parameter, so nothing would train")
     initialize(adapter, derive_seed(seed, "adapter"))
     network.adapted = config.kind  # its own tensors are no longer all of it, see `pixart.checkpoint.save`
-    return adapter.to(next(network.parameters()).device)
+    device = next(network.parameters()).device
+    return adapter if all(parameter.device == device for parameter in adapter.parameters()) else adapter.to(device)
 
 
 def share(network: PixArt) -> PixArt:

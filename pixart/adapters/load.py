@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pixart.adapters.adapter import AdapterConfig, adapt
 from pixart.arguments import checked
 from pixart.checkpoint import load as plain
 from pixart.checkpoint.files import ModelCard, compare_shapes, newest_checkpoint, save_tensors
+from pixart.checkpoint.weights import find_state, read_payload
 from pixart.config import build, build_written, differences, to_dict
 from pixart.encoders.fingerprint import fingerprint
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
+from pixart.files import read_json
 from pixart.model.pixart import PixArt
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -56,11 +56,10 @@ def find_adapter(source: str | Path, *, ema: bool = True) -> Path | None:
 def read_settings(folder: Path) -> tuple[AdapterConfig, ModelCard, str, str]:
     """An adapter's kind, the card of the model with it, its base and that base's fingerprint."""
     path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        found = settings["adapter"], settings["card"], str(settings["base"]), str(settings["base_weights"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    settings = read_json(path, what="the adapter's settings")
+    if missing := [key for key in ("adapter", "card", "base", "base_weights") if key not in settings]:
+        raise InputError(f"{path}: the adapter's settings have no {', '.join(missing)}")
+    found = settings["adapter"], settings["card"], str(settings["base"]), str(settings["base_weights"])
     return build(AdapterConfig, found[0], place=f"{path}: "), build_written(ModelCard, found[1]), *found[2:]
 
 
@@ -76,30 +75,36 @@ def load_model(
     extensions: Iterable[str | Path] = (),
     base: str | Path | None = None,
 ) -> PixArt:
-    """Load a PixArt in eval mode, from any format, with the config that its files tell.
+    """Load a PixArt in eval mode from any format; its config is determined from its files.
 
-    No parameter requires a gradient: call `requires_grad_(True)` to train. On the CPU, weights of safetensors stay
-    memory-mapped, so that file is to be replaced, not written into, while the model lives; all others are copied.
+    No parameter requires a gradient: call `requires_grad_(True)` to train. On the CPU, weights in safetensors files
+    stay memory-mapped: while the model is in use, such a file may be replaced but must not be modified in place.
 
     Args:
-        source: an official .pth or training checkpoint, a transformer or pipeline folder of diffusers, one of its
-            files, a model, adapter or run of ours, or on the Hub owner/name, owner/name/subfolder or
+        source: an official .pth or training checkpoint; a diffusers transformer or pipeline folder, or one of its
+            files; a model, adapter or run in our format; or on the Hub owner/name, owner/name/subfolder or
             owner/name/file.pth.
-        ema: of a source with averaged and raw weights, the averaged ones.
-        dtype: the files' own by default, which must then be one.
+        ema: whether to load the averaged weights if the source has averaged and raw ones.
+        dtype: by default that of the files, which must then all agree.
         device: the CPU by default.
-        overrides: fields of `PixArtConfig` that a file cannot tell, as {"num_heads": 12}.
+        overrides: fields of `PixArtConfig` that the file does not determine, e.g. {"num_heads": 12}.
         revision: of a Hub repository: a branch, tag or commit.
-        extensions: files of one's own that register the variants it is made of, see `pixart.extensions`.
-        base: of an adapter: another place of its base than it names.
+        extensions: Python files that register the variants that the model uses, see `pixart.extensions`.
+        base: for an adapter, where its base is, if not at the place that the adapter names.
 
     Raises:
-        InputError: nothing there, not a PixArt, or not whole; names files, tensors, shapes and the likely cause.
+        InputError: nothing there, not a PixArt, or incomplete; names files, tensors, shapes and the likely cause.
     """
     return load_with_card(
-        source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision, extensions=extensions,
+        source,
+        ema=ema,
+        dtype=dtype,
+        device=device,
+        overrides=overrides,
+        revision=revision,
+        extensions=extensions,
         base=base,
-    )[0]  # fmt: skip
+    )[0]
 
 
 def load_with_card(
@@ -126,14 +131,51 @@ def load_with_card(
     """
     load_extensions(extensions)
     folder = find_adapter(source, ema=ema)
-    common = {"dtype": dtype, "device": device, "revision": revision}
     if folder is None:
         if base is not None:
             raise InputError(f"base: {source} is no adapter; leave base out")
-        return plain.load_with_card(source, ema=ema, overrides=overrides, **common)
+        return plain.load_with_card(source, ema=ema, overrides=overrides, dtype=dtype, device=device, revision=revision)
+    network, config, card = _load_base(source, folder, base, overrides=overrides, dtype=dtype, device=device)
+    adapter = adapt(network, config)
+    load_adapter(adapter, folder / WEIGHTS)
+    parameter = next(network.parameters())
+    adapter.to(parameter.device, parameter.dtype).eval().requires_grad_(False)
+    network.card = card
+    return network.eval(), card
+
+
+def load_merged(source: str | Path, *, ema: bool = True, **options: Any) -> tuple[PixArt, ModelCard]:
+    """As `load_with_card`, but an adapter `lora` is merged into its base's weights, so that any format can hold it.
+
+    Raises:
+        InputError: as there.
+    """
+    folder = find_adapter(source, ema=ema)
+    if folder is None or read_settings(folder)[0].kind != "lora":
+        return load_with_card(source, ema=ema, **options)
+    from pixart.adapters.apply import merge
+    from pixart.adapters.lora_files import read_lora
+
+    load_extensions(options.pop("extensions", ()))
+    options.pop("revision", None)  # of a repository; the base is what the adapter names
+    network, _, card = _load_base(source, folder, None, **options)
+    merge(network, read_lora(folder))
+    network.card = card
+    return network.eval(), card
+
+
+def _load_base(
+    source: str | Path, folder: Path, base: str | Path | None, **options: Any
+) -> tuple[PixArt, AdapterConfig, ModelCard]:
+    """The network under the adapter in `folder`, as that adapter's run had it, and the adapter's settings.
+
+    Warns and raises as `load_with_card`.
+    """
     config, card, named, weights = read_settings(folder)
+    # which no tensor shows, so an official file of another width than the presets' does not say it
+    options["overrides"] = {"num_heads": card.model.num_heads, **(options.get("overrides") or {})}
     try:
-        network, _ = plain.load_with_card(base or named, overrides=overrides, **{**common, "revision": None})
+        network, _ = plain.load_with_card(base or named, **options)
     except InputError as error:
         raise InputError(f"{source}: an adapter, whose base is missing: {error}. Give it with base=") from None
     network = _with_config(network, card)
@@ -141,24 +183,19 @@ def load_with_card(
         warnings.warn(
             f"{source}: its base {base or named} has other weights than the one it was trained on "
             f"(fingerprint {weights} then, {found} now)",
-            stacklevel=2,
+            stacklevel=3,
         )
-    adapter = adapt(network, config)
-    load_adapter(adapter, folder / WEIGHTS)
-    parameter = next(network.parameters())
-    adapter.to(parameter.device, parameter.dtype).requires_grad_(False)
-    network.card = card
-    return network.eval(), card
+    return network, config, card
 
 
 def load_adapter(adapter: torch.nn.Module, path: Path) -> None:
     """Put a file's tensors into an adapter. Raises InputError where names or shapes differ."""
-    with safe_open(path, "pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    state = find_state(read_payload(path), path, ema=True)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     if difference := compare_shapes(expected, found):
         raise InputError(f"{path} does not fit the adapter of its settings; {difference}")
-    adapter.load_state_dict(load_file(path))
+    adapter.load_state_dict(state)
 
 
 def _with_config(network: PixArt, card: ModelCard) -> PixArt:

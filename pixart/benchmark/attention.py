@@ -1,4 +1,4 @@
-"""Cases of attention by itself, at the network's shapes: which kernel a device has for them, and what a mask costs."""
+"""Cases of attention alone, at the network's shapes: the kernels that a device has for them, and the cost of a mask."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,16 @@ from pixart.benchmark.networks import PIXELS
 from pixart.model import PixArtConfig
 
 KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
-WIDER = 128  # of a head, which kernels are written for; XL/2's is 72
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+WIDER = 128  # a head width that kernels are optimised for; XL/2's is 72
 
 
 def attention_case(settings: Settings) -> Case:
-    """One block's self-attention, by torch's choice of a kernel, by each, and with heads padded to a rounder width."""
+    """One block's self-attention: with torch's choice of kernel, with each kernel, and with heads padded to `WIDER`."""
     config, tokens = PixArtConfig.from_preset(settings.preset), _tokens(settings)
     q, k, v = (_random(settings, config, tokens) for _ in range(3))
 
@@ -35,10 +37,10 @@ def attention_case(settings: Settings) -> Case:
 
 
 def cross_case(settings: Settings) -> Case:
-    """One block's cross-attention with captions of all lengths in a batch.
+    """One block's cross-attention to a batch of captions of different lengths.
 
-    Ours attends under a mask to captions padded to the longest. The others: padded to the longest a model takes; every
-    caption as long as the longest, which needs no mask; and no padding, picture by picture or as nested tensors.
+    Ours attends, with a mask, to captions padded to the longest of the batch. The others: padded to the model's
+    maximum; all captions as long as the longest, without a mask; no padding, image by image or as nested tensors.
     """
     config, tokens = PixArtConfig.from_preset(settings.preset), _tokens(settings)
     lengths = torch.linspace(settings.tokens / 8, settings.tokens, settings.images).long().clamp(min=1)
@@ -48,9 +50,7 @@ def cross_case(settings: Settings) -> Case:
     short = [z[:, :, :longest].contiguous() for z in (k, v)]
     cut = mask[..., :longest].contiguous()
 
-    programs = _by_kernel(
-        settings, lambda: F.scaled_dot_product_attention(q, *short, attn_mask=cut), (q, *short), cut
-    )  # fmt: skip
+    programs = _by_kernel(settings, lambda: F.scaled_dot_product_attention(q, *short, attn_mask=cut), (q, *short), cut)
     programs[f"padded to {most}"] = _call(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     programs["no mask"] = _call(lambda: F.scaled_dot_product_attention(q, *short))
     programs["one by one"] = _call(lambda: _one_by_one(q, k, v, lengths.tolist()))
@@ -63,15 +63,17 @@ def cross_case(settings: Settings) -> Case:
 def _by_kernel(
     settings: Settings, attend: Call, inputs: tuple[Tensor, ...], mask: Tensor | None
 ) -> dict[str, Callable[[], Call]]:
-    """`attend` as it is, and on CUDA by each kernel that takes these inputs."""
+    """`attend` with torch's choice of kernel, and on CUDA with each kernel that supports these inputs."""
     programs = {"ours": _call(attend)}
     if not settings.cuda:
         return programs
     asked = torch.backends.cuda.SDPAParams(*inputs, mask, 0.0, False, False)
     able = {
-        "flash": torch.backends.cuda.can_use_flash_attention, "cudnn": torch.backends.cuda.can_use_cudnn_attention,
-        "efficient": torch.backends.cuda.can_use_efficient_attention, "math": lambda _: True,
-    }  # fmt: skip
+        "flash": torch.backends.cuda.can_use_flash_attention,
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+        "efficient": torch.backends.cuda.can_use_efficient_attention,
+        "math": lambda _: True,
+    }
     for name, kernel in KERNELS.items():
         if able[name](asked):
             programs[name] = _call(sdpa_kernel(kernel)(attend))
@@ -104,6 +106,6 @@ def _tokens(settings: Settings) -> int:
 
 
 def _random(settings: Settings, config: PixArtConfig, tokens: int) -> Tensor:
-    """(B, H, tokens, E), laid out as a linear layer leaves it."""
+    """Random (B, H, tokens, E), in the memory layout of a linear layer's output."""
     shape = (settings.images, tokens, config.num_heads, config.hidden_size // config.num_heads)
     return torch.randn(shape, device=settings.device, dtype=settings.torch_dtype).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""A case of two trainings on the same cores: what OpenMP's waiting threads cost when they spin, and when they sleep.
+"""The case of two trainings on the same cores: the cost of OpenMP threads that spin, or sleep, while they wait.
 
-How threads wait is settled when torch is loaded, so each training is a process of its own. It waits for a line, takes
-its steps, and answers with a line.
+How threads wait is fixed when torch is loaded, so each training is a separate process, which waits for a line on its
+standard input, takes its steps, and answers with a line.
 """
 
 import json
@@ -22,12 +22,12 @@ from pixart.errors import InputError
 
 STEPS = 10
 COMMAND = (sys.executable, "-m", "pixart.benchmark.beside")
-SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what says how threads wait
+SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # environment variables that control how threads wait
 
 
 def beside_case(settings: Settings) -> Case:
-    """Ten steps of the case "train" alone and beside a second training, which does the same; with threads that sleep
-    while they wait, as commands have them, and with threads that spin, as OpenMP has them unasked.
+    """Ten steps of the case "train", alone and beside a second training that does the same; with threads that sleep
+    while they wait, as in our commands, and with threads that spin, OpenMP's default.
 
     Raises:
         InputError: the device is not a CPU.
@@ -44,7 +44,7 @@ def beside_case(settings: Settings) -> Case:
 
 
 def _trainings(settings: Settings, count: int, waiting: str) -> Callable[[], Call]:
-    """`count` trainings that take their steps at the same time; a call returns when all have."""
+    """`count` trainings that take their steps at the same time; a call returns when all have finished."""
     environment = {name: value for name, value in os.environ.items() if name not in SPIN}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -54,13 +54,13 @@ def _trainings(settings: Settings, count: int, waiting: str) -> Callable[[], Cal
 
     def make() -> Call:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        # a session of their own: who interrupts this process does not interrupt them, too; _end does
+        # in their own session, so that an interrupt of this process does not reach them; `_end` ends them
         start = partial(subprocess.Popen, command, env=environment, start_new_session=True, **pipes)
         trainings = [start() for _ in range(count)]
 
         def call() -> None:
             for training in trainings:
-                with suppress(BrokenPipeError):  # one that ended does not answer, either
+                with suppress(BrokenPipeError):  # a training that has ended; `_await` reports it
                     training.stdin.write("go\n")
             _await(trainings, "done")
 

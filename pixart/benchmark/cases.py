@@ -1,4 +1,4 @@
-"""What can be measured, by name. Each case does the same work in every program, on the same weights and inputs."""
+"""The cases that can be measured, by name. All programs of a case do the same work on the same weights and inputs."""
 
 import tempfile
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from pixart.benchmark.networks import (
     random_vae,
     vae_in_diffusers,
 )
+from pixart.benchmark.page import page_case, page_of_pixels_case
 from pixart.benchmark.sampling import lcm_case, pipeline_case, sample_case, text_case
 from pixart.benchmark.training import optimizer_case, train_case
 from pixart.checkpoint import ModelCard
@@ -44,7 +45,7 @@ def forward_case(settings: Settings) -> Case:
 
 
 def backward_case(settings: Settings) -> Case:
-    """A forward and the gradients of all weights, which are then dropped."""
+    """A forward and backward; the gradients of all weights are computed and then freed."""
     model = random_network(settings, native(settings))
     inputs = network_inputs(model, settings)
 
@@ -59,7 +60,7 @@ def backward_case(settings: Settings) -> Case:
 
 
 def _network_programs(model: PixArt, settings: Settings, use: Callable[..., Call]) -> dict[str, Callable[[], Call]]:
-    """Our network and diffusers', eager and compiled, each put to use by `use(function of our inputs, module)`."""
+    """Our network and diffusers', eager and compiled; `use(function of our inputs, module)` makes the call to time."""
 
     def theirs(**options) -> Call:
         network = network_in_diffusers(model, **options)
@@ -105,7 +106,7 @@ def _vae_programs(vae, use: Callable, theirs: Callable[[], Call]) -> dict[str, C
 
 
 def load_case(settings: Settings) -> Case:
-    """Weights from a file into a network that is ready to run, against reading the file's bytes."""
+    """Loading weights from a file into a network that is ready to run, compared with reading the file's bytes."""
     source, folder = settings.source, None
     if source is None:
         folder = tempfile.TemporaryDirectory()
@@ -147,5 +148,7 @@ CASES: dict[str, Callable[[Settings], Case]] = {
     "encode": encode_case,
     "text": text_case,
     "pipeline": pipeline_case,
+    "page": page_case,
+    "page-pixels": page_of_pixels_case,
     "load": load_case,
 }

@@ -1,4 +1,4 @@
-"""How fast training samples come: our feature store against the authors' layout; and an index of 25 million samples."""
+"""Throughput of training samples: our feature store against the authors' layout; and an index of 25 million samples."""
 
 import gc
 import json
@@ -25,13 +25,13 @@ from pixart.features.samples import FeatureDataset
 from pixart.features.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
 from pixart.files import MANIFEST, write_json
 
-WIDTH, LENGTH = 4096, 120  # T5-XXL's states as PixArt-α takes them
+WIDTH, LENGTH = 4096, 120  # of T5-XXL's states in PixArt-α
 
 
 def make_layouts(folder: Path, resolution: int, count: int, tokens: tuple[int, int], seed: int = 0) -> None:
-    """Random latents and captions of so many tokens (from, to), as a store and as the authors' two files a sample.
+    """Write random latents and captions of `tokens` (from, to) tokens as a store and in the authors' layout.
 
-    The authors' captions are padded to 120 tokens and kept in fp16, their latents in fp32.
+    The authors' layout has two files per sample: captions padded to 120 tokens in fp16, latents in fp32.
     """
     rng, side = np.random.default_rng(seed), resolution // 8
     lengths = rng.integers(tokens[0], tokens[1], count, endpoint=True)
@@ -41,11 +41,22 @@ def make_layouts(folder: Path, resolution: int, count: int, tokens: tuple[int, i
         Record(f"{i:06d}.png", folder, (caption,), (1.0,), 1024, 1024, bucket) for i, caption in enumerate(captions)
     ]
     plan = {
-        "buckets": [[1.0, resolution, resolution]], "resolution": resolution, "every": 1, "text_length": LENGTH,
-        "text_clean": True, "samples": count, "captions": count, "source": "random", "mirrored": False,
-        "latent_dtype": "float16", "text_dtype": "bfloat16", "batch": 16, "caption_batch": 64,
-        "samples_per_shard": 4096, "captions_per_shard": 2048,
-    }  # fmt: skip
+        "buckets": [[1.0, resolution, resolution]],
+        "resolution": resolution,
+        "every": 1,
+        "text_length": LENGTH,
+        "text_clean": True,
+        "samples": count,
+        "captions": count,
+        "source": "random",
+        "mirrored": False,
+        "latent_dtype": "float16",
+        "text_dtype": "bfloat16",
+        "batch": 16,
+        "caption_batch": 64,
+        "samples_per_shard": 4096,
+        "captions_per_shard": 2048,
+    }
     store, official = folder / "store", folder / "official"
     store.mkdir(parents=True)
     official.mkdir()
@@ -79,7 +90,7 @@ def _normal(shape: tuple, seed: int) -> Tensor:
 
 
 class OfficialLayout(Dataset):
-    """The authors' algorithm: a compressed `.npz` and a `.npy` a sample, padded captions, noise for the posterior."""
+    """The authors' way of reading: a compressed `.npz` and a `.npy` per sample, padded captions, posterior noise."""
 
     def __init__(self, folder: Path):
         self.names = sorted(path.stem for path in folder.glob("*.npz"))
@@ -102,7 +113,7 @@ class OfficialLayout(Dataset):
 
 
 def throughput(folder: Path, *, batch_size: int, workers: int, cold: bool) -> dict[str, float]:
-    """Samples a second of either layout through a DataLoader, one pass in random order."""
+    """Samples per second of both layouts through a DataLoader, one pass in random order."""
     count = len(list((folder / "official").glob("*.npz")))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     rates = {}
@@ -116,9 +127,11 @@ def throughput(folder: Path, *, batch_size: int, workers: int, cold: bool) -> di
             store = FeatureStore(folder / name)
             batches = BucketBatches(store.bucket_numbers, batch_size, seed=0)
             loader = DataLoader(
-                FeatureDataset([store], [None], Drawing(0)), batch_sampler=batches,
-                collate_fn=partial(collate, length=LENGTH), **options,
-            )  # fmt: skip
+                FeatureDataset([store], [None], Drawing(0)),
+                batch_sampler=batches,
+                collate_fn=partial(collate, length=LENGTH),
+                **options,
+            )
         begun, seen, total = time.perf_counter(), 0, count // batch_size * batch_size
         for batch in loader:
             seen += len(batch["latents"] if name == "official" else batch.latents)
@@ -131,7 +144,7 @@ def throughput(folder: Path, *, batch_size: int, workers: int, cold: bool) -> di
 
 
 def drop_cache(folder: Path) -> None:
-    """Have the system forget a folder's files, so that the next read comes from the disk."""
+    """Drop a folder's files from the page cache, so that they are read from the disk next."""
     os.sync()
     for path in folder.iterdir():
         if path.is_file():
@@ -145,7 +158,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def compare_layouts(folder: Path, resolution: int, count: int, tokens: tuple[int, int], **options) -> dict:
-    """Build both layouts in `folder`, measure cold and warm, remove them."""
+    """Build both layouts in `folder`, measure them with cold and warm page cache, and remove them."""
     make_layouts(folder, resolution, count, tokens)
     sizes = {name: folder_bytes(folder / name) / count for name in ("official", "store")}
     rates = {when: throughput(folder, cold=when == "cold", **options) for when in ("cold", "warm")}
@@ -154,7 +167,7 @@ def compare_layouts(folder: Path, resolution: int, count: int, tokens: tuple[int
 
 
 def simulate_index(folder: Path, samples: int) -> dict[str, float]:
-    """Open a store of so many samples in 40 buckets and go on in mid-epoch; only its index is real."""
+    """Open a store of `samples` samples in 40 buckets and resume in the middle of an epoch; only its index is real."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     per_file, table = 4096, bucket_table(256, 16)
@@ -172,11 +185,17 @@ def simulate_index(folder: Path, samples: int) -> dict[str, float]:
     for name in names:
         (folder / name).write_bytes(b"")
     manifest = {
-        "version": VERSION, "buckets": [[b.ratio, b.height, b.width] for b in table], "mirrored": False,
-        "captions": samples, "captions_per_shard": 2048, "problems": [],
-        "files": {**{name: {"bytes": 0, "blake2b": ""} for name in names},
-                  INDEX: {"bytes": (folder / INDEX).stat().st_size, "blake2b": ""}},
-    }  # fmt: skip
+        "version": VERSION,
+        "buckets": [[b.ratio, b.height, b.width] for b in table],
+        "mirrored": False,
+        "captions": samples,
+        "captions_per_shard": 2048,
+        "problems": [],
+        "files": {
+            **{name: {"bytes": 0, "blake2b": ""} for name in names},
+            INDEX: {"bytes": (folder / INDEX).stat().st_size, "blake2b": ""},
+        },
+    }
     manifest["checksum"] = digest_manifest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
     before, begun = _memory(), time.perf_counter()
@@ -200,7 +219,7 @@ def simulate_index(folder: Path, samples: int) -> dict[str, float]:
 
 
 def _memory() -> int:
-    """Resident bytes of this process, mapped files included."""
+    """Resident memory of this process in bytes, mapped files included."""
     gc.collect()
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

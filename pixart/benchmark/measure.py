@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -24,34 +23,37 @@ from pixart.cpu import use_onednn
 from pixart.errors import InputError
 
 Call = Callable[[], object]
-# programs that torch compiled, and the eager ones whose work they do
+# compiled program → the eager program that does the same work
 COMPILED = {
-    "ours-compiled": "ours", "ours-reduce-overhead": "ours", "diffusers-max-autotune": "diffusers",
-    "diffusers-reduce-overhead": "diffusers", "plain loop-compiled": "plain loop",
-}  # fmt: skip
-WARM_UP = 2  # more calls of a compiled program: a CUDA graph is recorded in the second and runs from the third on
-SIDES = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is the device's rate
+    "ours-compiled": "ours",
+    "ours-reduce-overhead": "ours",
+    "diffusers-max-autotune": "diffusers",
+    "diffusers-reduce-overhead": "diffusers",
+    "plain loop-compiled": "plain loop",
+}
+WARM_UP = 2  # additional calls of a compiled program: a CUDA graph is recorded in the second and used from the third on
+SIDES = {"cpu": 4096, "cuda": 8192}  # sides of the square matrices whose product gives the device's peak rate
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how large it is."""
+    """What is measured, and at which size."""
 
     preset: str = "alpha-256"
     height: int = 256  # pixels
     width: int = 256
-    batch: int | Literal["largest"] | None = None  # none is 2, in the case "train" its config's; "largest" that fits
-    tokens: int = 120  # of a caption, none of them padding
+    batch: int | Literal["largest"] | None = None  # None: 2, or the config's in the case "train"
+    tokens: int = 120  # caption tokens, without padding
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     rounds: int = setting(3, compare="quiet")
-    text_width: int = 512  # of the random T5; XXL's is 4096
-    text_layers: int = 8  # XXL has 24
-    config: str = "configs/openmoji.yaml"  # of the case "train"
-    source: str | None = None  # of the case "load", as load_model takes it; none is random weights of the preset
-    programs: tuple[str, ...] = setting((), compare="quiet")  # those to run; none is all that fit the device
-    memory: bool = setting(True, compare="quiet")  # run each program once more, in a process of its own
-    keep_memory: bool = setting(True, compare="quiet")  # as our scripts do; else as the C library does unasked
+    text_width: int = 512  # width of the random T5; XXL's is 4096
+    text_layers: int = 8  # layers of the random T5; XXL has 24
+    config: str = "pixart:openmoji"  # for the case "train"
+    source: str | None = None  # for the case "load", any source of load_model; None: random weights
+    programs: tuple[str, ...] = setting((), compare="quiet")  # programs to run; empty: all that the device supports
+    memory: bool = setting(True, compare="quiet")  # measure peak memory, in a separate process per program
+    keep_memory: bool = setting(True, compare="quiet")  # keep freed memory, as our commands do
 
     def __post_init__(self):
         if min(self.height, self.width, self.tokens, self.rounds, 1 if self.batch == "largest" else self.images) < 1:
@@ -76,18 +78,18 @@ class Settings:
 
 @dataclass
 class Case:
-    """One piece of work. `programs` make the calls that are timed, each when it is asked for."""
+    """One piece of work; `programs` maps names to functions that make the call to be timed."""
 
     name: str
     programs: dict[str, Callable[[], Call]]
-    images: int = 0  # of a call
-    bytes: int = 0  # that a call moves, where that is its cost
-    steps: int = 1  # calls after which memory has reached its peak
+    images: int = 0  # images per call
+    bytes: int = 0  # bytes that a call moves, if it is bound by memory bandwidth
+    steps: int = 1  # number of calls after which memory has reached its peak
     note: str = ""
-    same_work: dict[str, str] = field(default_factory=dict)  # programs whose FLOPs torch can't count: those of another
-    dtype: torch.dtype | None = None  # that it computes in, where that is not the settings'
-    memory: bool = True  # whether a program's peak is that of a process that makes its calls
-    keep: Any = None  # what must live as long as the case, such as a temporary folder
+    same_work: dict[str, str] = field(default_factory=dict)  # program that torch cannot count → one of equal FLOPs
+    dtype: torch.dtype | None = None  # the dtype of its arithmetic, if not that of the settings
+    memory: bool = True  # whether peak memory can be measured in a separate process
+    keep: Any = None  # an object that must live as long as the case, e.g. a temporary folder
 
     def choose(self, names: tuple[str, ...]) -> "Case":
         if unknown := [name for name in names if name not in self.programs]:
@@ -97,21 +99,22 @@ class Case:
 
 @dataclass
 class Result:
-    """A program's figures in one case."""
+    """Measurements of one program in one case."""
 
     case: str
     program: str
     seconds: list[float]
-    first: float  # seconds of the first call, compilation included
-    flops: int  # of a call
+    first: float  # seconds of the first call, including compilation
+    flops: int  # FLOPs per call
     images: int
     bytes: int
-    memory: int | None = None  # peak, in bytes: of the process on a CPU, of the allocator on CUDA
-    before: int | None = None  # the process's size before the program was made
+    memory: int | None = None  # peak in bytes: of the process on a CPU, of the allocator on CUDA
+    before: int | None = None  # memory of the process in bytes before the program was made
     rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of matrix products in the same rounds
-    failed: str = ""  # why there is nothing else
+    failed: str = ""  # the reason, if it could not be measured
     note: str = ""
     settings: dict = field(default_factory=dict)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads of this process, call by call
 
     @property
     def median(self) -> float:
@@ -119,8 +122,9 @@ class Result:
 
 
 def measure(case: Case, settings: Settings) -> list[Result]:
-    """Time a case's programs, one call of each a round, after first calls of each that are not counted. A program that
-    the device has no memory for leaves the others to be measured."""
+    """Time a case's programs: after uncounted first calls, one call of each program per round, in every other round
+    from last to first, so that a steady change of the machine's load favours none. A program for which the device has
+    too little memory is reported as failed; the others are still measured."""
     calls, results, uncounted = {}, {}, COMPILED | case.same_work
     for name, make in case.programs.items():
         result = Result(
@@ -146,9 +150,11 @@ def measure(case: Case, settings: Settings) -> list[Result]:
             results[name].flops = results[counted].flops
     products = matrix_products(settings, case.dtype) if any(result.flops for result in results.values()) else {}
     rates: dict[str, list[float]] = {name: [] for name in products}
-    for _ in range(settings.rounds):
-        for name, call in calls.items():
-            results[name].seconds.append(timed(call, settings))
+    for number in range(settings.rounds):
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            before = time.process_time()
+            results[name].seconds.append(timed(calls[name], settings))
+            results[name].cpu_seconds.append(time.process_time() - before)
         for name, (call, flops) in products.items():
             rates[name].append(flops / timed(call, settings))
     for result in results.values():
@@ -157,7 +163,7 @@ def measure(case: Case, settings: Settings) -> list[Result]:
 
 
 def timed(call: Call, settings: Settings) -> float:
-    """Seconds until the device is done."""
+    """Seconds that a call takes until the device has finished."""
     start = time.perf_counter()
     call()
     if settings.cuda:
@@ -166,15 +172,15 @@ def timed(call: Call, settings: Settings) -> float:
 
 
 def count_flops(call: Call) -> int:
-    """FLOPs of matrix products, attention and convolutions that a call really does."""
+    """FLOPs of the matrix products, attention and convolutions that a call performs."""
     with flop_counter() as counter:
         call()
     return counter.get_total_flops()
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which knows neither oneDNN's product of linear layers (`use_onednn`) nor, up to torch 2.14, the
-    CPU's attention."""
+    """torch's FLOP counter, extended by oneDNN's product of linear layers (`use_onednn`) and the CPU's attention, which
+    torch up to 2.14 does not count."""
     own = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -197,7 +203,7 @@ def _linear_flops(x: torch.Size, weight: torch.Size, *_, out_shape: torch.Size, 
 
 
 def matrix_products(settings: Settings, dtype: torch.dtype | None = None) -> dict[str, tuple[Call, int]]:
-    """Square products in the case's dtype, by every library that our code uses on the device, with their FLOPs."""
+    """Products of square matrices in the case's dtype, by each library that our code uses on the device, with FLOPs."""
     side, dtype = SIDES["cuda" if settings.cuda else "cpu"], dtype or settings.torch_dtype
     a = torch.randn(side, side, dtype=dtype, device=settings.device)
     repeat = 10 if settings.cuda else 1
@@ -216,7 +222,7 @@ def matrix_products(settings: Settings, dtype: torch.dtype | None = None) -> dic
 
 
 def free() -> None:
-    """Give the device what nothing holds any more, compiled programs and their CUDA graphs among it."""
+    """Free everything that is no longer referenced, including compiled programs and their CUDA graphs."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
@@ -225,22 +231,22 @@ def free() -> None:
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest of 1, 2, 3, 4, 6, 8, 12, … pictures that fit.
+    """The largest batch of 1, 2, 3, 4, 6, 8, 12, … images that fits.
 
     Raises:
-        InputError: not even one does.
+        InputError: not even one image fits.
     """
     found, size = 0, 1
     while fits(size):
         found, size = size, 2 * size
     if found == 0:
-        raise InputError("batch largest: not even one picture fits the device's memory")
+        raise InputError("batch largest: not even one image fits the device's memory")
     between = found * 3 // 2
     return between if between > found and fits(between) else found
 
 
 def measure_memory(case: str, program: str, settings: Settings) -> tuple[int | None, int | None]:
-    """Bytes at the peak of one program in a process of its own, and of that process before the program was made."""
+    """Peak memory in bytes of one program in a separate process, and the process's memory before it was made."""
     order = json.dumps({"case": case, "program": program, "settings": asdict(settings)})
     command = [sys.executable, "-m", "pixart.benchmark.memory", order]
     root = str(Path(__file__).parents[2])
@@ -251,12 +257,3 @@ def measure_memory(case: str, program: str, settings: Settings) -> tuple[int | N
         raise InputError(f"case {case}, program {program}: its memory could not be measured ({reason})")
     peak, before = json.loads(done.stdout.splitlines()[-1])
     return peak, before
-
-
-def resident(key: str) -> int | None:
-    """Resident size now (VmRSS) or at its peak (VmHWM) in bytes, mapped pages included; None where not Linux.
-    getrusage's peak starts at that of the process that forked this one."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024

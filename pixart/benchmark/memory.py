@@ -1,4 +1,4 @@
-"""The peak memory of one program of one case, in this process: `measure_memory` starts it."""
+"""Measures the peak memory of one program of one case in this process, which `measure_memory` starts."""
 
 import gc
 import json
@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from pixart.benchmark.cases import CASES
-from pixart.benchmark.measure import WARM_UP, Settings, resident
+from pixart.benchmark.measure import WARM_UP, Settings
 from pixart.cpu import keep_freed_memory
 from pixart.model import PixArt, PixArtConfig
+from pixart.train.throughput import resident
 
 
 def main(order: str) -> None:
@@ -19,14 +20,14 @@ def main(order: str) -> None:
     settings = Settings(**{**asked["settings"], "programs": tuple(asked["settings"]["programs"])})
     if settings.keep_memory:
         keep_freed_memory()
-    PixArt(PixArtConfig(hidden_size=48, num_heads=4, depth=1))  # what the first network of a process imports
+    PixArt(PixArtConfig(hidden_size=48, num_heads=4, depth=1))  # triggers the imports of a process's first network
     case = CASES[asked["case"]](settings)
     gc.collect()
-    with suppress(OSError):  # Linux alone has it
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: what made the case is none of the program
+    with suppress(OSError):  # exists only on Linux
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, to leave out what built the case
     before = resident("VmRSS")
     call = case.programs[asked["program"]]()
-    if settings.cuda:  # compiling and tuning take memory of their own, which no later call needs
+    if settings.cuda:  # compiling and tuning use memory that later calls do not need
         for _ in range(1 + WARM_UP):
             call()
         torch.cuda.reset_peak_memory_stats(settings.device)

@@ -1,4 +1,4 @@
-"""Random networks of ours, and diffusers' with the very same weights in memory."""
+"""Random networks, ours and diffusers', which share their weights in memory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pixart.encoders.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 from pixart.errors import missing_extra
 from pixart.model import PixArt, PixArtConfig
 
-PIXELS = 8  # of a latent's side
+PIXELS = 8  # pixels per latent element, per side
 # torch.compile's modes for diffusers' network
 MODES = {"diffusers-max-autotune": "max-autotune", "diffusers-reduce-overhead": "reduce-overhead"}
 
@@ -35,7 +35,7 @@ def need_diffusers():
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Fill a module's weights with small random numbers: none may be zero, which real ones are not."""
+    """Fill a module's weights with small random numbers, without zeros, which trained weights do not have either."""
     generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -50,23 +50,33 @@ def random_network(settings: Settings, config: PixArtConfig | None = None) -> Pi
 
 
 def network_in_diffusers(model: PixArt, *, fused: bool = False, mode: str | None = None) -> nn.Module:
-    """diffusers' network around our model's tensors, not copies of them; with `fused` its merged projections are.
-
-    `mode` is torch.compile's.
+    """diffusers' network with our model's tensors, which are shared, not copied; `fused` merges its projections, which
+    copies them. `mode` is torch.compile's.
     """
     diffusers = need_diffusers()
     c, weight = model.config, model.x_embedder.proj.weight
     with torch.device("meta"):
         network = diffusers.PixArtTransformer2DModel(
-            num_attention_heads=c.num_heads, attention_head_dim=c.hidden_size // c.num_heads,
-            in_channels=c.in_channels, out_channels=c.out_channels, num_layers=c.depth, patch_size=c.patch_size,
-            cross_attention_dim=c.hidden_size, sample_size=c.latent_size, caption_channels=c.caption_channels,
-            interpolation_scale=c.position_scale, use_additional_conditions=c.micro_conditions,
-        )  # fmt: skip
-    network.pos_embed = diffusers.models.embeddings.PatchEmbed(  # holds positions that no file has
-        height=c.latent_size, width=c.latent_size, patch_size=c.patch_size, in_channels=c.in_channels,
-        embed_dim=c.hidden_size, interpolation_scale=c.position_scale,
-    ).to(weight)  # fmt: skip
+            num_attention_heads=c.num_heads,
+            attention_head_dim=c.hidden_size // c.num_heads,
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            num_layers=c.depth,
+            patch_size=c.patch_size,
+            cross_attention_dim=c.hidden_size,
+            sample_size=c.latent_size,
+            caption_channels=c.caption_channels,
+            interpolation_scale=c.position_scale,
+            use_additional_conditions=c.micro_conditions,
+        )
+    network.pos_embed = diffusers.models.embeddings.PatchEmbed(  # built here because its position table is in no file
+        height=c.latent_size,
+        width=c.latent_size,
+        patch_size=c.patch_size,
+        in_channels=c.in_channels,
+        embed_dim=c.hidden_size,
+        interpolation_scale=c.position_scale,
+    ).to(weight)
     state = to_diffusers(model.state_dict(), c.depth, micro_conditions=c.micro_conditions)
     network.load_state_dict(state, strict=True, assign=True)
     if fused:
@@ -78,8 +88,8 @@ def network_in_diffusers(model: PixArt, *, fused: bool = False, mode: str | None
 
 
 def twin_of(model: PixArt, compiled: Literal["blocks", "graph"] | None = None) -> PixArt:
-    """A second model around the same tensors, with torch's products; its blocks compiled, or the whole into a CUDA
-    graph; the first stays as it is."""
+    """A second model with the same tensors and torch's products; its blocks compiled, or the whole as a CUDA graph. The
+    first model is unchanged."""
     with torch.device("meta"):
         twin = PixArt(replace(model.config, caption_length=len(model.y_embedder.y_embedding)))
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -93,8 +103,8 @@ def twin_of(model: PixArt, compiled: Literal["blocks", "graph"] | None = None) -
 def network_programs(
     settings: Settings, model: PixArt, ours: Callable[[PixArt], Call], theirs: Callable[..., Call]
 ) -> dict[str, Callable[[], Call]]:
-    """Programs of `ours(network)`, as commands have it, and `theirs(fused, mode)`; compiled ones on CUDA, or where they
-    are asked for, as "ours-torch" with torch's own products must be."""
+    """Programs of `ours(network)`, with the network as in our commands, and of `theirs(fused, mode)`. Compiled programs
+    are included on CUDA; they, and "ours-torch" with torch's own products, also if asked for by name."""
     use_onednn(model)
 
     def wanted(name: str) -> bool:
@@ -115,7 +125,7 @@ def network_programs(
 
 
 def network_inputs(model: PixArt, settings: Settings) -> dict[str, Tensor]:
-    """A batch of noisy latents under full captions."""
+    """A batch of noisy latents with captions of full length."""
     generator = torch.Generator().manual_seed(1)
     batch, c = settings.images, model.config
 
@@ -136,16 +146,20 @@ def network_inputs(model: PixArt, settings: Settings) -> dict[str, Tensor]:
 
 
 def call_diffusers(network: nn.Module, x, t, caption, caption_mask=None, size=None, aspect_ratio=None) -> Tensor:
-    """diffusers' network with our arguments."""
+    """Call diffusers' network with our arguments."""
     conditions = {"resolution": size, "aspect_ratio": None if aspect_ratio is None else aspect_ratio[:, None]}
     return network(
-        x, encoder_hidden_states=caption, timestep=t, encoder_attention_mask=caption_mask,
-        added_cond_kwargs=conditions, return_dict=False,
-    )[0]  # fmt: skip
+        x,
+        encoder_hidden_states=caption,
+        timestep=t,
+        encoder_attention_mask=caption_mask,
+        added_cond_kwargs=conditions,
+        return_dict=False,
+    )[0]
 
 
 def random_vae(settings: Settings) -> VaeAutoencoder:
-    """Stable Diffusion's."""
+    """Stable Diffusion's autoencoder with random weights."""
     with torch.device("meta"):
         model = AutoencoderKL(VaeConfig())
     return VaeAutoencoder(randomise(model.to(settings.torch_dtype).to_empty(device=settings.device)))
@@ -155,16 +169,20 @@ def vae_in_diffusers(vae: VaeAutoencoder) -> nn.Module:
     c = vae.model.config
     with torch.device("meta"):
         model = need_diffusers().AutoencoderKL(
-            block_out_channels=c.block_out_channels, layers_per_block=c.layers_per_block,
-            norm_num_groups=c.norm_num_groups, latent_channels=c.latent_channels, scaling_factor=c.scaling_factor,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
+            block_out_channels=c.block_out_channels,
+            layers_per_block=c.layers_per_block,
+            norm_num_groups=c.norm_num_groups,
+            latent_channels=c.latent_channels,
+            scaling_factor=c.scaling_factor,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
     model.load_state_dict(vae.model.state_dict(), strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def native(settings: Settings) -> PixArtConfig:
-    """The preset at the size that is measured, where that is a square: diffusers then keeps its positions."""
+    """The preset with the measured size as its native size, if that is square: diffusers then uses stored positions."""
     config = PixArtConfig.from_preset(settings.preset)
     if settings.height != settings.width:
         return config

@@ -1,4 +1,4 @@
-"""Measure the cases that are asked for, one after the other, and say what came out."""
+"""Measures cases one after the other and returns a report."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,16 +63,16 @@ def run(
 
 
 def _sized(name: str, settings: Settings) -> Settings:
-    """The settings with a number in place of "largest"."""
+    """The settings with a number instead of "largest"."""
     if settings.batch != "largest":
         return settings
     if name in ("optimizer", "load"):
-        raise InputError(f"batch largest: case {name} has no pictures")
+        raise InputError(f"batch largest: case {name} has no images")
     return replace(settings, batch=largest_batch(lambda batch: _fits(name, settings, batch)))
 
 
 def _add_memory(result: Result, settings: Settings) -> None:
-    """A program's peak, or in its note why there is none: what was timed stays."""
+    """Add a program's peak memory, or a note why it could not be measured; its times are kept either way."""
     try:
         result.memory, result.before = measure_memory(result.case, result.program, settings)
     except InputError as error:
@@ -94,8 +94,8 @@ def _profile(name: str, settings: Settings, folder: Path) -> str:
 
 
 def _fits(name: str, settings: Settings, batch: int) -> bool:
-    """Whether all programs of a case fit the device side by side, as they are timed; the eager ones stand for those
-    that are compiled, which takes minutes."""
+    """Whether all programs of a case fit the device at the same time, as needed for timing. Only the eager programs
+    are tried, because compiling takes minutes."""
     try:
         case = CASES[name](replace(settings, batch=batch))
         calls = {}

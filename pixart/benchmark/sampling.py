@@ -1,4 +1,4 @@
-"""Cases of text to pictures: the sampling loop, the text encoder, the whole pipeline; against diffusers' pipeline."""
+"""Cases of sampling: the sampling loop, the text encoder, the whole pipeline; against diffusers' pipeline."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,29 +20,29 @@ from pixart.benchmark.networks import (
 )
 from pixart.checkpoint import ModelCard
 from pixart.diffusion.sampling import GUIDANCE, SampleConfig
-from pixart.encoders.autoencoder import AutoencoderConfig
+from pixart.encoders.autoencoder import AutoencoderConfig, IdentityAutoencoder
 from pixart.encoders.text import TextConfig, TextEncoder
 from pixart.inference.latents import sample_latents
 from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS, PixArt
 
 STEPS = 20
-WORDS = 30  # of a prompt, each one token
+WORDS = 30  # words of a prompt; each is one token
 
 
 def sample_case(settings: Settings) -> Case:
-    """Twenty steps of DPM-Solver++ with guidance, from captions' states to latents."""
+    """Twenty steps of DPM-Solver++ with guidance, from caption states to latents."""
     return _latents("sample", settings, SampleConfig(sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE))
 
 
 def lcm_case(settings: Settings) -> Case:
-    """Four steps of a latent consistency model, whose guidance is in its weights."""
+    """Four steps of a latent consistency model, which has guidance built into its weights."""
     return _latents("lcm", settings, SampleConfig(sampler="lcm"))
 
 
 def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
     model = random_network(settings, native(settings)).eval()
-    model.y_embedder.y_embedding = torch.randn(  # as long as the captions: diffusers pads both to one length
+    model.y_embedder.y_embedding = torch.randn(  # as long as the captions, since diffusers pads both to one length
         settings.tokens, model.config.caption_channels, device=settings.device, dtype=settings.torch_dtype
     )
     card = ModelCard(model=model.config, vae=AutoencoderConfig("kl", "random"))
@@ -58,11 +58,18 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
         mask = torch.ones(captions.shape[:2], dtype=torch.long, device=settings.device)
         null = model.y_embedder.y_embedding.expand_as(captions)
         return lambda: pipeline(
-            prompt_embeds=captions, prompt_attention_mask=mask, negative_prompt=None, negative_prompt_embeds=null,
-            negative_prompt_attention_mask=mask, num_inference_steps=4 if name == "lcm" else STEPS,
-            guidance_scale=1.0 if name == "lcm" else GUIDANCE, height=settings.height, width=settings.width,
-            use_resolution_binning=False, output_type="latent",
-        )  # fmt: skip
+            prompt_embeds=captions,
+            prompt_attention_mask=mask,
+            negative_prompt=None,
+            negative_prompt_embeds=null,
+            negative_prompt_attention_mask=mask,
+            num_inference_steps=4 if name == "lcm" else STEPS,
+            guidance_scale=1.0 if name == "lcm" else GUIDANCE,
+            height=settings.height,
+            width=settings.width,
+            use_resolution_binning=False,
+            output_type="latent",
+        )
 
     programs = _programs(settings, model, ours, theirs)
     return Case(name, programs, images=settings.images, note=f"{settings.tokens} caption tokens, no padding")
@@ -73,25 +80,29 @@ def _programs(
 ) -> dict[str, Callable[[], Call]]:
     programs, c = network_programs(settings, model, ours, theirs), model.config
     if c.micro_conditions and c.latent_size != PRESETS["alpha-1024"].latent_size:
-        return {name: program for name, program in programs.items() if "diffusers" not in name}  # it then gives no size
+        # diffusers would not pass the size
+        return {name: program for name, program in programs.items() if "diffusers" not in name}
     return programs
 
 
 def _pipeline_in_diffusers(model: PixArt, *, lcm: bool = False, vae=None, text=None, **network):
-    """diffusers' pipeline around our parts; `network` are options of `network_in_diffusers`."""
+    """diffusers' pipeline with our parts; `network` are options of `network_in_diffusers`."""
     diffusers = need_diffusers()
     beta = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     scheduler = diffusers.LCMScheduler(**beta) if lcm else diffusers.DPMSolverMultistepScheduler(**beta)
     pipeline = diffusers.PixArtAlphaPipeline(
-        tokenizer=None if text is None else text.tokenizer, text_encoder=None if text is None else text.model, vae=vae,
-        transformer=network_in_diffusers(model, **network).eval().requires_grad_(False), scheduler=scheduler,
-    )  # fmt: skip
+        tokenizer=None if text is None else text.tokenizer,
+        text_encoder=None if text is None else text.model,
+        vae=vae,
+        transformer=network_in_diffusers(model, **network).eval().requires_grad_(False),
+        scheduler=scheduler,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def random_text_encoder(settings: Settings) -> TextEncoder:
-    """A T5 of random weights, whose tokenizer knows the words w0 … w99."""
+    """A T5 with random weights, and a tokenizer with the words w0 … w99."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -104,20 +115,25 @@ def random_text_encoder(settings: Settings) -> TextEncoder:
     )
     width = settings.text_width
     shape = transformers.T5Config(
-        vocab_size=len(words), d_model=width, d_kv=64, num_heads=max(width // 64, 1), d_ff=width * 5 // 2,
-        num_layers=settings.text_layers, feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+        vocab_size=len(words),
+        d_model=width,
+        d_kv=64,
+        num_heads=max(width // 64, 1),
+        d_ff=width * 5 // 2,
+        num_layers=settings.text_layers,
+        feed_forward_proj="gated-gelu",
+    )
     model = randomise(transformers.T5EncoderModel(shape).to(settings.device, settings.torch_dtype))
     return TextEncoder(tokenizer, model, TextConfig(model="random", length=120, clean=False))
 
 
-def _prompts(settings: Settings) -> list[str]:
+def make_prompts(settings: Settings) -> list[str]:
     return [" ".join(f"w{(7 * i + j) % 100}" for j in range(WORDS)) for i in range(settings.images)]
 
 
 def text_case(settings: Settings) -> Case:
-    """Prompts of thirty words to their states: as long as they are, and padded to 120 tokens as in diffusers."""
-    text, prompts = random_text_encoder(settings), _prompts(settings)
+    """Text encoding of prompts of thirty words: at their length, and padded to 120 tokens as in diffusers."""
+    text, prompts = random_text_encoder(settings), make_prompts(settings)
 
     def padded() -> tuple[Tensor, Tensor]:
         return text.encode(prompts, padding="max_length")
@@ -127,15 +143,29 @@ def text_case(settings: Settings) -> Case:
     return Case("text", programs, images=settings.images, note=note)
 
 
-def pipeline_case(settings: Settings) -> Case:
-    """Prompts to pictures: text encoder, twenty guided steps, decoder."""
-    text, vae, prompts = random_text_encoder(settings), random_vae(settings), _prompts(settings)
+def random_pipeline(settings: Settings, *, pixels: bool = False) -> Pipeline:
+    """A pipeline of random weights that draws in twenty guided steps; with `pixels` it has no VAE, and patches as large
+    as those of a latent model."""
+    text = random_text_encoder(settings)
     config = replace(native(settings), caption_channels=settings.text_width)
+    if pixels:
+        config = replace(
+            config, in_channels=3, latent_size=settings.height, patch_size=PIXELS * config.patch_size, learn_sigma=False
+        )
     model = random_network(settings, config).eval()
     card = ModelCard(
-        model=config, vae=AutoencoderConfig("kl", "random"), text=text.config,
+        model=config,
+        vae=AutoencoderConfig() if pixels else AutoencoderConfig("kl", "random"),
+        text=text.config,
         sample=SampleConfig(sampler="dpm_solver", steps=STEPS, guidance=GUIDANCE),
-    )  # fmt: skip
+    )
+    return Pipeline(model, card, IdentityAutoencoder() if pixels else random_vae(settings), text)
+
+
+def pipeline_case(settings: Settings) -> Case:
+    """From prompts to images: text encoder, twenty guided steps, decoder."""
+    parts, prompts = random_pipeline(settings), make_prompts(settings)
+    card, vae, text = parts.card, parts.autoencoder, parts.text
     size = {"height": settings.height, "width": settings.width}
 
     def ours(network: PixArt) -> Call:
@@ -143,11 +173,15 @@ def pipeline_case(settings: Settings) -> Case:
         return lambda: pipeline(prompts, list(range(settings.images)), **size)
 
     def theirs(**options) -> Call:
-        pipeline = _pipeline_in_diffusers(model, vae=vae_in_diffusers(vae), text=text, **options)
+        pipeline = _pipeline_in_diffusers(parts.model, vae=vae_in_diffusers(vae), text=text, **options)
         return lambda: pipeline(
-            prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, use_resolution_binning=False,
-            clean_caption=False, **size,
-        )  # fmt: skip
+            prompts,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            use_resolution_binning=False,
+            clean_caption=False,
+            **size,
+        )
 
-    programs = _programs(settings, model, ours, theirs)
+    programs = _programs(settings, parts.model, ours, theirs)
     return Case("pipeline", programs, images=settings.images, note=f"{WORDS} words a prompt; diffusers pads to 120")

@@ -1,4 +1,4 @@
-"""Cases of training: a whole step of a small model, and what follows the gradients of a large one."""
+"""Cases of training: a whole step of a small model, and the optimizer step of a large one."""
 
 import copy
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import call_diffusers, diffusers_or_none, network_in_diffusers, random_network
+from pixart.checkpoint.save import unknown_to_diffusers
 from pixart.config import load_config
 from pixart.data.samples import Batch
 from pixart.diffusion import diffusion_loss
@@ -19,6 +20,7 @@ from pixart.train.config import OptimizerConfig, TrainConfig
 from pixart.train.distributed import Processes
 from pixart.train.ema import make_ema, update_ema
 from pixart.train.optimizer import make_optimizer
+from pixart.train.random_batch import random_batch
 from pixart.train.setup import build_state, make_accelerator
 from pixart.train.step import train_step
 
@@ -27,7 +29,7 @@ AUTOTUNE = "max-autotune-no-cudagraphs"  # torch.compile's mode for the plain lo
 
 
 def optimizer_case(settings: Settings) -> Case:
-    """AdamW and the averaged weights, once the gradients are there; at the speed of memory, hence in bytes."""
+    """AdamW and weight averaging, for given gradients; bound by memory bandwidth, therefore counted in bytes."""
     model = random_network(settings)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
@@ -54,7 +56,7 @@ def optimizer_case(settings: Settings) -> Case:
         return call
 
     values = sum(parameter.numel() for parameter in model.parameters())
-    # read weight, gradient and two moments, write all but the gradient; read weight and average, write the average
+    # reads weight, gradient and two moments, writes all but the gradient; reads weight and average, writes the average
     moved = values * (7 + 2) * settings.torch_dtype.itemsize + values * 2 * 4
     if settings.torch_dtype == torch.float32:
         moved = values * 10 * 4
@@ -63,15 +65,16 @@ def optimizer_case(settings: Settings) -> Case:
 
 @torch.no_grad()
 def plain_ema(ema: nn.Module, model: nn.Module) -> None:
-    """As most training scripts do it."""
+    """Weight averaging as in most training scripts."""
     for average, value in zip(ema.parameters(), model.parameters(), strict=True):
         average.mul_(DECAY).add_(value, alpha=1 - DECAY)
 
 
 def train_case(settings: Settings) -> Case:
-    """A whole step as `config` says, but for reading the data: from latents, as features hold them, or from pixels if
-    the model is one of pixels. The plain loop is diffusers' network of the same size in the same precision, with the
-    same losses, torch's own AdamW (the config's optimizer, if that is another), clipping and an averaged copy.
+    """A whole training step of `config`, without reading the data: from latents, or from pixels for a model of pixels.
+
+    The plain loop is diffusers' network of the same size in the same precision, with the same losses, torch's default
+    AdamW (or the config's optimizer, if it is another), clipping and an averaged copy.
     """
     config = load_config(TrainConfig, settings.config)
     batch_size = config.train.batch_size if settings.batch is None else settings.images
@@ -93,7 +96,7 @@ def train_case(settings: Settings) -> Case:
         programs["ours-torch"] = lambda: ours(onednn=False)
     if settings.cuda or "ours-compiled" in settings.programs:
         programs["ours-compiled"] = lambda: ours(compiled=True)
-    if diffusers_or_none() is not None and not (config.model.kv_blocks or config.model.qk_norm):
+    if diffusers_or_none() is not None and not unknown_to_diffusers(config.model):
         programs["plain loop"] = lambda: plain_step(config, batch, settings)
         if settings.cuda or "plain loop-compiled" in settings.programs:
             programs["plain loop-compiled"] = lambda: plain_step(config, batch, settings, mode=AUTOTUNE)
@@ -102,32 +105,8 @@ def train_case(settings: Settings) -> Case:
     return Case("train", programs, images=batch_size, steps=3, note=note, dtype=dtype)
 
 
-def random_batch(config: TrainConfig) -> Batch:
-    """A batch without a file; captions of all lengths."""
-    count, side, length = config.train.batch_size, config.data.resolution, config.text.length
-    latent = (count, config.vae.latent_channels, config.model.latent_size, config.model.latent_size)
-    from_pixels = config.vae.kind == "identity"
-    g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, length + 1, (count, 1), generator=g)
-    return Batch(
-        pixels=torch.rand(count, 3, side, side, generator=g) * 2 - 1 if from_pixels else None,
-        latents=None if from_pixels else torch.randn(latent, generator=g),
-        noise=torch.randn(latent, generator=g),
-        posterior_noise=torch.randn(latent, generator=g),
-        time=torch.rand(count, generator=g),
-        caption=torch.randn(count, length, config.model.caption_channels, generator=g),
-        caption_mask=torch.arange(length) < lengths,
-        drop=torch.rand(count, generator=g),
-        size=torch.full((count, 2), float(side)),
-        aspect_ratio=torch.ones(count),
-        weight=torch.ones(count),
-        ids=[str(i) for i in range(count)],
-        problems=[],
-    )
-
-
 def plain_step(config: TrainConfig, batch: Batch, settings: Settings, *, mode: str | None = None) -> Call:
-    """What one writes around diffusers' network in an afternoon; `mode` is torch.compile's."""
+    """A plain training step around diffusers' network; `mode` is torch.compile's."""
     network = network_in_diffusers(random_network(replace(settings, dtype="float32"), config.model), mode=mode)
     if config.train.gradient_checkpointing:
         network.enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""Models in files, in and out: every PixArt in circulation, our own folders, starts from other weights.
+"""Reading and writing model files: every published PixArt format, our own folders, initialisation from other weights.
 
 Nothing of data, sampling or training may enter it.
 """

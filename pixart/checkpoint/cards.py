@@ -1,4 +1,4 @@
-"""What a foreign file means without saying: the card of its variant, and diffusers' settings."""
+"""The model card that a file without one implies, from its variant and from diffusers' settings."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pixart.arguments import say
 from pixart.checkpoint.detect import SIGMA_LENGTH, Evidence, contradiction, is_sigma
 from pixart.checkpoint.files import ModelCard
 from pixart.checkpoint.locate import PIPELINE, Found
@@ -19,29 +20,36 @@ from pixart.files import read_json
 from pixart.model.pixart import PRESETS, PixArtConfig
 
 T5 = "DeepFloyd/t5-v1_1-xxl"
-TEXT, VAE = "text_encoder", "vae"  # folders of a pipeline, and beside a model of ours
-VAES = {  # is Σ's: Hub id and scaling factor
+TEXT, VAE = "text_encoder", "vae"  # folders in a diffusers pipeline, and beside a model in our format
+VAES = {  # whether the model is PixArt-Σ: Hub id and scaling factor
     False: ("stabilityai/sd-vae-ft-ema", 0.18215),
     True: ("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers/vae", 0.13025),
 }
-# sample_size that α and Σ share → interpolation_scale → whether it is Σ's; at 64 both have 1
+# sample_size of both α and Σ → interpolation_scale → whether it is Σ; at 64 both have scale 1
 _SIGMA_AT = {32: {1: False, 0.5: True}, 64: {}}
-_AUTHORS = re.compile(r"PixArt-alpha/PixArt-(Sigma|XL)-")  # on the Hub; Σ at 512 px is there without a pipeline
-# settings of diffusers' transformer with one value among PixArts; another means another network
+_AUTHORS = re.compile(r"PixArt-alpha/PixArt-(Sigma|XL)-")  # on the Hub, where Σ at 512 px has no pipeline
+# settings of diffusers' transformer that are the same for every PixArt; another value means another network
 _ONLY = {
-    "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
-    "norm_eps": 1e-6, "attention_bias": True, "attention_type": "default", "double_self_attention": False,
-    "only_cross_attention": False, "num_vector_embeds": None, "use_linear_projection": False,
-}  # fmt: skip
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "attention_bias": True,
+    "attention_type": "default",
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "num_vector_embeds": None,
+    "use_linear_projection": False,
+}
 _BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
 def implied_card(config: PixArtConfig, evidence: Evidence, found: Found) -> ModelCard:
-    """The card of a released variant; what a pipeline folder holds besides takes the place of the Hub's files.
+    """The card of a released variant; VAE, text encoder and scheduler in a pipeline folder replace those on the Hub.
 
-    The null caption of α is its buffer, of Σ the empty text; without a buffer it is diffusers' reading, the empty text
-    under its own mask (an official Σ file has always the first).
+    The null caption of α is the buffer in its weights, that of Σ the empty text. If a file has no such buffer, it is
+    the empty text under its own mask, as in diffusers; an official Σ file always uses the empty text.
     """
     sigma = is_sigma(config)
     null = "empty" if sigma else "buffer"
@@ -67,9 +75,10 @@ def implied_card(config: PixArtConfig, evidence: Evidence, found: Found) -> Mode
 
 
 def with_own_parts(card: ModelCard, found: Found) -> ModelCard:
-    """A card with the VAE and text encoder that the model's own folder holds, or diffusers' pipeline around it.
+    """The card with the VAE and text encoder found in the model's folder, or in the diffusers pipeline around it.
 
-    The card names those of the export, which need not be there any more. Its scale stays: the latents have it.
+    The names in the card are from the time of the export and may no longer exist. Its VAE scale is kept, because the
+    model was trained on latents of that scale.
     """
     if card.vae.kind == "kl" and (vae := _part(found, VAE)) is not None:
         card = replace(card, vae=replace(card.vae, source=str(vae)))
@@ -79,30 +88,35 @@ def with_own_parts(card: ModelCard, found: Found) -> ModelCard:
 
 
 def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `PixArtConfig` by diffusers' `config.json`; its other settings must be PixArt's and the tensors'.
+    """Fields of `PixArtConfig` from diffusers' `config.json`; the other settings must fit PixArt and the tensors.
 
     Raises:
-        InputError: a setting of another network, or one that the tensors contradict.
+        InputError: a setting that no PixArt has, or that contradicts the tensors.
     """
     settings = found.settings
     if settings is None:
         return {}
     for key, only in _ONLY.items():
         if (value := settings.get(key, only)) != only:
-            raise InputError(f"{found.name}: its config.json says {key} {value!r}, PixArt's is {only!r}")
+            raise InputError(f"{found.name}: its config.json says {key} {say(value)}, PixArt's is {say(only)}")
     for key in ("num_attention_heads", "attention_head_dim", "sample_size", "num_layers", "patch_size", "in_channels"):
         if not isinstance(settings.get(key, 1), int):
-            raise InputError(f"{found.name}: its config.json says {key} {settings[key]!r}, expected a whole number")
+            raise InputError(f"{found.name}: its config.json says {key} {say(settings[key])}, expected a whole number")
+    if not isinstance(scale := settings.get("interpolation_scale"), (int, float, type(None))):
+        raise InputError(f"{found.name}: its config.json says interpolation_scale {say(scale)}, expected a number")
     heads, size = settings.get("num_attention_heads", 16), settings.get("sample_size", 128)
     micro, scale = settings.get("use_additional_conditions"), settings.get("interpolation_scale")
     own = evidence.fields
     checked = {
-        "hidden_size": heads * settings.get("attention_head_dim", 72), "depth": settings.get("num_layers", 28),
-        "patch_size": settings.get("patch_size", 2), "in_channels": settings.get("in_channels", 4),
-        "caption_channels": settings.get("caption_channels", 4096), "latent_size": size,
+        "hidden_size": heads * settings.get("attention_head_dim", 72),
+        "depth": settings.get("num_layers", 28),
+        "patch_size": settings.get("patch_size", 2),
+        "in_channels": settings.get("in_channels", 4),
+        "caption_channels": settings.get("caption_channels", 4096),
+        "latent_size": size,
         "micro_conditions": size == 128 if micro is None else micro,
         "position_scale": scale,
-    }  # fmt: skip
+    }
     for name, value in checked.items():
         if value is not None and name in own and value != own[name]:
             raise contradiction(found.name, "its config.json says", name, value, own)
@@ -117,24 +131,26 @@ def settings_fields(found: Found, evidence: Evidence, overrides: dict[str, Any])
             f"{sigma_256.position_scale}}} or --set position_scale={sigma_256.position_scale}"
         )
     return {
-        "num_heads": heads, "latent_size": size,
+        "num_heads": heads,
+        "latent_size": size,
         "position_scale": float(max(size // 64, 1) if scale is None else scale),  # diffusers' own default
         **length,
-    }  # fmt: skip
+    }
 
 
 def _part(found: Found, name: str) -> Path | None:
-    """The folder of a part beside a model of ours, or of the pipeline around a transformer, if it is there."""
+    """The folder of a part beside a model in our format, or in the pipeline around a transformer; None if absent."""
     if found.home is None or not (found.home / name / "config.json").is_file():
         return None
     return (found.home / name).resolve()
 
 
 def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool | None:
-    """Σ or α: by the pipeline's class, else by size, scale or the authors' repository; None where it may be either's.
+    """Whether a diffusers model is Σ: from the pipeline's class, else from size, scale or the authors' repository; None
+    if it may be either.
 
     The authors' converter writes `interpolation_scale` and `use_additional_conditions` for both; diffusers' older
-    script, which is for α alone, neither.
+    script, which handles only α, writes neither.
     """
     if found.home is not None:
         kind = str(read_json(found.home / PIPELINE).get("_class_name"))
@@ -153,12 +169,12 @@ def _says_sigma(found: Found, settings: dict, size: int, micro: bool) -> bool | 
 
 
 def _diffusion(path: Path) -> DiffusionConfig:
-    """The process by a scheduler's settings; all of PixArt's are the same chain of β."""
+    """The diffusion settings from a scheduler's config; every PixArt has the same β."""
     settings = read_json(path)
     for key, only in _BETAS.items():
         value = settings.get(key, only)
         if not (math.isclose(value, only, rel_tol=1e-6) if isinstance(only, float) else value == only):
-            raise InputError(f"{path}: {key} is {value!r}, expected PixArt's {only!r}")
+            raise InputError(f"{path}: {key} is {say(value)}, expected PixArt's {say(only)}")
     prediction = settings.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise InputError(f"{path}: prediction_type {prediction!r}, expected one of {', '.join(_PREDICTIONS)}")

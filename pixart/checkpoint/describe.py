@@ -1,4 +1,4 @@
-"""What a source holds, in words: variant, size, dtypes, null caption, positions, and what would be refused."""
+"""A description of a model file: variant, size, dtypes, null caption, positions, and what would be refused."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -19,13 +19,17 @@ from pixart.model.pixart import PRESETS, PixArtConfig
 
 
 def describe(
-    source: str | Path, *, ema: bool = True, overrides: dict[str, Any] | None = None, revision: str | None = None,
+    source: str | Path,
+    *,
+    ema: bool = True,
+    overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
     extensions: Iterable[str | Path] = (),
-) -> str:  # fmt: skip
-    """Lines of text about a model; all weights are read once, for NaNs.
+) -> str:
+    """Describe a model in lines of text; all weights are read once, to find NaNs.
 
     Raises:
-        InputError: nothing there, or no PixArt at all. What else would be refused is a line of the text.
+        InputError: nothing there, or not a PixArt. Everything else that would be refused is a line of the text.
     """
     load_extensions(extensions)
     found = locate(source, ema=ema, revision=revision)
@@ -50,7 +54,7 @@ def describe(
     except InputError as error:
         refused.append(f"load: {error}")
         if network_card(found) is None:
-            lines = [("format", recognise(state, found.name)), *lines]  # no PixArt at all: its error is the answer
+            lines = [("format", recognise(state, found.name)), *lines]  # raises if it is not a PixArt
             lines += [] if quantised else _evidence(state, found.name)
     else:
         lines = [("format", plan.format), ("variant", _variant(plan.card)), *lines, *_facts(plan)]
@@ -65,7 +69,7 @@ def describe(
 
 
 def _chosen(found: Found) -> list[tuple[str, str]]:
-    """Which weights, where a source has several: a checkpoint's section, or the part of a run's checkpoint."""
+    """Which weights were chosen if a source has several: averaged or raw ones of a training checkpoint."""
     if found.kind == "ours":
         folder = found.weights.files[0].absolute().parent
         if folder.name not in ("ema", "model") or not folder.parent.name.startswith("step_"):
@@ -79,7 +83,7 @@ def _chosen(found: Found) -> list[tuple[str, str]]:
 
 
 def _evidence(state: dict[str, Tensor], source: str) -> list[tuple[str, str]]:
-    """What the tensors say by themselves."""
+    """The settings that the tensors alone determine."""
     evidence = examine(state, source)
     told = ", ".join(f"{name} {value}" for name, value in evidence.fields.items())
     return [("tensors say", told), ("null caption", "present" if evidence.has_null else "absent")]
@@ -104,7 +108,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("positions", f"scale {c.position_scale:g}"),
         ("micro-conditions", "yes" if c.micro_conditions else "no"),
         ("key compression", f"{c.kv_compression}, ratio {c.kv_ratio}, blocks {blocks}" if blocks else "none"),
-        ("qk-norm", "yes" if c.qk_norm else "no"),
+        ("qk-norm", {False: "no", True: "yes"}.get(c.qk_norm, c.qk_norm)),
         *([("other settings", others)] if others else []),
         ("captions", f"{c.caption_length} tokens of {card.text.model}, {c.caption_channels} wide"),
         ("null caption", f"{'present' if plan.has_null else 'absent'}; sampling takes {card.text.null}"),

@@ -1,4 +1,4 @@
-"""Which PixArt a file holds, read off names, shapes and the stored position table; never off a file's name."""
+"""Detects the PixArt variant of a file from tensor names, shapes and the stored position table, not from file names."""
 
 import math
 import re
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pixart.checkpoint.foreign import cause
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.config import build, to_dict
 from pixart.errors import InputError, did_you_mean
@@ -18,63 +19,29 @@ from pixart.model.pixart import PRESETS, PixArtConfig
 Format = Literal["official", "diffusers"]
 SIGMA_LENGTH = 300  # tokens of PixArt-Σ's captions; α has 120
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-POSITIONS = {"official": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # checked where stored, never a weight
-# all that a file may lack; what it may have besides is its position table
+POSITIONS = {"official": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # checked if stored, never loaded
+# the only tensors that a file may lack; the only additional one it may have is its position table
 MAY_LACK: dict[Format, tuple[str, ...]] = {"official": (NULL_CAPTION,), "diffusers": (NULL_CAPTION,)}
 
 _HEADS = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
 _SCALES = {preset.latent_size: preset.position_scale for preset in PRESETS.values() if preset != PRESETS["sigma-256"]}
-# (pattern of a name, what it is a sign of)
-_CAUSES = (
-    (r"(^|\.)controlnet", "this is a ControlNet checkpoint (PixArt-δ), not its base model; load that"),
-    (r"lora_|\.lora\.|\.dora_", "this file holds LoRA matrices; load their base model, and merge them into it first"),
-    (r"(^|\.)(down_blocks\..*attentions\..*attn2|input_blocks\.|time_embed)", "this is the UNet of Stable Diffusion"),
-    (r"(^|\.)(encoder|decoder)\.(down_blocks|up_blocks|conv_in|down\.|up\.)",
-     "this is a VAE, not a PixArt: give it as vae.source, or --vae"),
-    (r"encoder\.block\.\d+\.layer|^shared\.weight$", "this is a T5 text encoder, not a PixArt: give it as text.model"),
-    (r"joint_|double_blocks|single_blocks", "this is another kind of transformer (SD3, FLUX), not a PixArt"),
-)  # fmt: skip
-# DiT's names, but for its position table
-_DIT = (
-    "x_embedder.proj.weight", "y_embedder.embedding_table.weight",
-    *(f"{module}.{kind}" for module in ("t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.adaLN_modulation.1",
-                                        "final_layer.linear") for kind in ("weight", "bias")),
-)  # fmt: skip
-_DIT_BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
-_MAY_HAVE = ("attn.sr", "attn.norm", "attn.q_norm", "attn.k_norm")  # modules of an official block
+_MAY_HAVE = ("attn.sr", "attn.norm", "attn.q_norm", "attn.k_norm")  # optional modules of an official block
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tensors themselves say: the format and the fields of `PixArtConfig` they determine."""
+    """What the tensors alone determine: the format, fields of `PixArtConfig`, and whether there is a null caption."""
 
     format: Format
     fields: dict[str, Any]
     has_null: bool
 
 
-def is_dit(names: Mapping[str, Any] | set[str]) -> bool:
-    """Whether these are DiT's names, all of them and no other in its blocks; a network with DiT's modulation and
-    cross-attention is none."""
-    inside = {name for name in names if name.startswith("blocks.")}
-    depth = len({name.split(".")[1] for name in inside})
-    modules = [f"blocks.{i}.{part}" for i in range(depth) for part in _DIT_BLOCK]
-    blocks = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
-    return depth > 0 and inside == blocks and all(name in names for name in _DIT)
-
-
-def cause(names: Mapping[str, Any] | set[str]) -> str | None:
-    """What a set of names is a sign of, if not of a PixArt."""
-    if is_dit(names):
-        return "this is DiT, not PixArt: use init_from in a training config to start from it"
-    return next((text for sign, text in _CAUSES if any(re.search(sign, name) for name in names)), None)
-
-
 def recognise(state: Mapping[str, Any], source: str) -> Format:
-    """The format, by names alone.
+    """The format, from tensor names alone.
 
     Raises:
-        InputError: no PixArt; names the likely kind.
+        InputError: not a PixArt; the message says what it probably is.
     """
     kind: Format | None = None
     if any(name.startswith("blocks.0.cross_attn.") for name in state):
@@ -88,7 +55,7 @@ def recognise(state: Mapping[str, Any], source: str) -> Format:
 
 
 def check_floats(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse quantised weights: their values mean nothing without what they were divided by."""
+    """Refuse quantised weights, whose values are meaningless without their scales."""
     for name, tensor in state.items():
         if tensor.dtype not in FLOATS:
             raise InputError(
@@ -102,11 +69,10 @@ def short(dtype: torch.dtype) -> str:
 
 
 def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
-    """Read format and network off a file's tensors; of their values only the position table's are looked at.
+    """Determine format and network from a file's tensors; only the position table's values are read.
 
     Raises:
-        InputError: no PixArt, of which it names the likely kind, or what it has that no PixArt has; quantised, or not
-            whole.
+        InputError: not a PixArt, quantised, or incomplete; says what the file probably is and which tensors are wrong.
     """
     kind = recognise(state, source)
     check_floats(state, source)
@@ -118,8 +84,11 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
             if others := ", ".join(_unknown(state, kind)[:2]):
                 raise InputError(f"{source}: not a PixArt: it has no {theirs}, and {others}, which no PixArt has")
             raise InputError(f"{source}: {theirs} is missing; the file is not whole")
-        if state[theirs].ndim != ndim:
-            raise InputError(f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, expected {ndim} dimensions")
+        if state[theirs].ndim != ndim or not state[theirs].numel():
+            raise InputError(
+                f"{source}: {theirs} has shape {tuple(state[theirs].shape)}, expected {ndim} dimensions"
+                f"{'' if state[theirs].numel() else ', none of them empty'}"
+            )
         return tuple(state[theirs].shape)
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
@@ -132,7 +101,7 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
     block = "blocks" if kind == "official" else "transformer_blocks"
     found = {
         "hidden_size": width,
-        "depth": 1 + max(int(m[1]) for name in state if (m := re.match(rf"{block}\.(\d+)\.", name))),
+        "depth": _count_blocks(state, block, source),
         "mlp_ratio": shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
         "patch_size": patch,
         "in_channels": channels,
@@ -148,15 +117,24 @@ def examine(state: Mapping[str, Tensor], source: str) -> Evidence:
 
 
 def read_positions(state: Mapping[str, Tensor], kind: Format, width: int, patch: int, source: str) -> dict[str, Any]:
-    """The native size and scale that a stored position table tells; nothing where none is stored."""
+    """Native size and position scale from a stored position table; empty if none is stored."""
     if POSITIONS[kind] not in state:
         return {}
     side, scale = solve_positions(state[POSITIONS[kind]], width, source)
     return {"position_scale": scale, "latent_size": side * patch}
 
 
+def _count_blocks(state: Mapping[str, Any], block: str, source: str) -> int:
+    """The number of blocks: the count of distinct block numbers, so that it cannot exceed the number of tensors."""
+    found = {match[1] for name in state if (match := re.match(rf"{block}\.(\d+)\.", name))}
+    if missing := sorted({str(i) for i in range(len(found))} - found, key=len):
+        odd = max(found, key=len)[:20]
+        raise InputError(f"{source}: {block}.{missing[0]} is missing beside {block}.{odd}; the file is not whole")
+    return len(found)
+
+
 def _unknown(state: Mapping[str, Any], kind: Format) -> list[str]:
-    """Names that no PixArt of this format has."""
+    """Tensor names that no PixArt of this format has."""
     parts = diffusers_parts(1, micro_conditions=True)
     known = {POSITIONS[kind], NULL_CAPTION, *(part for parts in parts.values() for part in parts)}
     if kind == "official":
@@ -166,12 +144,14 @@ def _unknown(state: Mapping[str, Any], kind: Format) -> list[str]:
 
 
 def _compression(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """KV compression and qk-norm, by their weights; picking tokens ("uniform") has none."""
-    found: dict[str, Any] = {"qk_norm": any(name.endswith("attn.q_norm.weight") for name in state)}
+    """KV compression and qk-norm, from their weights; only compression by "conv" has any, the other kinds cannot be
+    detected."""
+    normed, biased = (any(name.endswith(f"attn.q_norm.{kind}") for name in state) for kind in ("weight", "bias"))
+    found: dict[str, Any] = {"qk_norm": "rms_norm" if normed and not biased else normed}
     kernels = {
         int(match[1]): tuple(tensor.shape)
         for name, tensor in state.items()
-        if (match := re.fullmatch(r"blocks\.(\d+)\.attn\.sr\.weight", name))
+        if (match := re.fullmatch(r"blocks\.(\d{1,9})\.attn\.sr\.weight", name)) and tensor.ndim
     }
     if kernels:
         ratios = {kernel[-1] for kernel in kernels.values()}
@@ -182,12 +162,13 @@ def _compression(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
 
 
 def solve_positions(table: Tensor, width: int, source: str) -> tuple[int, float]:
-    """Native tokens a side and position scale of a stored table (1, N, width).
+    """Native tokens per side and position scale of a stored table (1, N, width).
 
-    Column 1 of row 0 is the sine and cosine of 1 / scale (frequency 1); the table of that scale must be the stored one.
+    The token in row 0, column 1 holds the sine and cosine of 1 / scale at frequency 1. The table computed with that
+    scale must equal the stored one.
 
     Raises:
-        InputError: not a table of any scale.
+        InputError: the table is not PixArt's for any scale.
     """
     side = math.isqrt(table.shape[-2]) if table.ndim == 3 else 0
     if table.ndim != 3 or tuple(table.shape) != (1, side**2, width) or side < 2 or width % 4:
@@ -199,7 +180,7 @@ def solve_positions(table: Tensor, width: int, source: str) -> tuple[int, float]
     angle = math.atan2(table[1, 0], table[1, width // 4])
     guess, best = 1 / angle if angle > 0 else math.nan, math.nan
     if math.isfinite(guess):
-        # released scales are powers of two; a half-precision table tells its scale to three digits only
+        # released scales are powers of two; a half-precision table determines its scale to three digits only
         scales = (2.0 ** round(math.log2(guess)), *(float(f"{guess:.{digits}g}") for digits in (2, 3, 4, 6)), guess)
         errors = []
         for scale in scales:
@@ -215,10 +196,10 @@ def solve_positions(table: Tensor, width: int, source: str) -> tuple[int, float]
 
 
 def complete(found: Evidence, told: dict[str, Any], overrides: dict[str, Any] | None, source: str) -> PixArtConfig:
-    """The network's config: what the tensors say, then the caller's overrides, then what the files beside told.
+    """The network's config: fields from the tensors, then the caller's overrides, then `told` from files beside them.
 
     Raises:
-        InputError: an override contradicts the tensors, or a field is told by nothing; says what to pass.
+        InputError: an override contradicts the tensors, or a field is known from none of them; says what to pass.
     """
     overrides = overrides or {}
     check_fields(overrides)
@@ -254,20 +235,20 @@ def check_fields(overrides: dict[str, Any]) -> None:
 
 
 def contradiction(source: str, who: str, name: str, value: Any, found: Mapping[str, Any]) -> InputError:
-    """The error for a value that is told of a file whose tensors say another."""
+    """The error for a stated value that the file's tensors contradict."""
     own = "position table" if name in ("latent_size", "position_scale") else "tensors"
     return InputError(f"{source}: {who} {name} {value}; by the file's own {own} it is {found[name]}")
 
 
 def is_sigma(config: PixArtConfig) -> bool:
-    """Whether a network is of PixArt-Σ's kind: its caption length, key compression, or a size that α never had."""
+    """Whether a network is a PixArt-Σ: by its caption length, key compression, or a size that no α has."""
     return not config.micro_conditions and (
         config.caption_length == SIGMA_LENGTH or config.kv_compression is not None or config.latent_size >= 128
     )
 
 
 def _position_scale(known: dict[str, Any], source: str) -> float:
-    """The released models' scale for a native size."""
+    """The position scale of the released models of this native size."""
     size, length = known["latent_size"], known["caption_length"]
     if size not in _SCALES:
         raise _ask(source, "position_scale", f"no position table, and no released model has latent_size {size}", 1.0)

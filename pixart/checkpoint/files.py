@@ -1,6 +1,9 @@
-"""Our own files: a model is a folder with `model.safetensors` and `config.json`; a run has checkpoints of two."""
+"""Our own format: a model is a folder with `model.safetensors` and `config.json`; a run's checkpoint holds two models,
+the raw and the averaged weights."""
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +18,7 @@ from pixart.diffusion.schedule import DiffusionConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from pixart.files import verify
+from pixart.files import read_json, verify
 from pixart.model.pixart import PixArtConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -23,14 +26,14 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that sampling from a model needs besides its weights; the sections of `config.json`, which holds what differs
+    """Everything that sampling needs besides weights. `config.json` has these sections; it stores only what differs
     from the defaults."""
 
     model: PixArtConfig = field(default_factory=PixArtConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)  # a recommendation
+    sample: SampleConfig = field(default_factory=SampleConfig)  # recommended settings
 
 
 def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
@@ -54,10 +57,7 @@ def save_tensors(path: Path, state: dict[str, Tensor]) -> None:
 
 def read_card(folder: Path, name: str = CONFIG) -> ModelCard:
     path = folder / name
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    settings = read_json(path)
     try:
         return build_written(ModelCard, settings)
     except InputError as error:
@@ -65,7 +65,7 @@ def read_card(folder: Path, name: str = CONFIG) -> ModelCard:
 
 
 def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    """What differs between two sets of named shapes, "" if nothing."""
+    """The differences between two sets of named shapes, in words; "" if there are none."""
     parts = []
     if missing := sorted(set(expected) - set(found)):
         parts.append(f"missing: {_some(missing)}")
@@ -77,7 +77,11 @@ def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[
 
 
 def find_model(source: Path, *, ema: bool = True) -> Path:
-    """The model folder that `source` means: itself, a checkpoint's, or a run's newest good checkpoint's."""
+    """The model folder that `source` refers to: itself, or in a checkpoint, or in a run's newest intact checkpoint.
+
+    Raises:
+        InputError: there is none, or not with the weights asked for.
+    """
     kind = "ema" if ema else "model"
     if (source / WEIGHTS).exists():
         return source
@@ -94,17 +98,38 @@ def find_model(source: Path, *, ema: bool = True) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step_*") if path.is_dir())
+    """A run's complete checkpoints, oldest first. Folders with other names, such as copies, are ignored.
+
+    Raises:
+        InputError: their folder exists but cannot be read.
+    """
+    found, folder = [], run / "checkpoints"
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                match = re.fullmatch(r"step_(\d{8,})", entry.name)
+                if match and entry.name == step_name(int(match[1])) and entry.is_dir():
+                    found.append((int(match[1]), folder / entry.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error}); is its disk there, and are you allowed to?") from None
+    return [path for _, path in sorted(found)]
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
 
 
 def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files have the sizes and hashes of its manifest; damaged ones are named."""
+    """The newest checkpoint whose files match the hashes of its manifest; warns of damaged and unreadable ones."""
     for path in reversed(checkpoints(run)):
         damage = verify(path)
         if damage is None:
             return path
-        warn(f"warning: checkpoint {path} is damaged ({damage}); trying the one before it")
+        what = damage if "cannot be read:" in damage else f"is damaged ({damage})"
+        warn(f"warning: checkpoint {path} {what}; trying the one before it")
     return None
 
 

@@ -1,34 +1,39 @@
 """Starting a training run from other weights: another PixArt, or DiT re-parametrised (PixArt-α, section 2.3)."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from pixart.checkpoint.detect import check_floats, examine, is_dit
+from pixart.checkpoint.detect import check_floats, examine
 from pixart.checkpoint.files import ModelCard, compare_shapes
+from pixart.checkpoint.foreign import is_dit
 from pixart.checkpoint.keys import diffusers_parts
 from pixart.checkpoint.load import network_card, non_finite
 from pixart.checkpoint.locate import Found, locate
 from pixart.config import names_with
 from pixart.diffusion.schedule import DiffusionConfig
 from pixart.errors import InputError
-from pixart.model.embed import sinusoid
+from pixart.model.embed import grid_positions, sinusoid
 from pixart.model.pixart import PRESETS, PixArt, PixArtConfig
+from pixart.model.positions import resize
 
-DIT_TIME = 500.0  # the time at which a PixArt that starts from DiT equals it
+DIT_TIME = 500.0  # at this time a PixArt initialised from a DiT equals it
 _MICRO = ("csize_embedder.", "ar_embedder.")
 _NEW = (".attn.sr.", ".attn.norm.", ".attn.q_norm.", ".attn.k_norm.")  # of KV compression and qk-norm
 _NULL = "y_embedder.y_embedding"
+_MODULATION = "blocks.{}.adaLN_modulation.1.weight"
+_TABLE = "pos_embed.table"  # of learned positions
 
 
 def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: DiffusionConfig | None = None) -> list[str]:
-    """Put the weights of any file or folder that `load_model` takes, or of a DiT, into a new `model`.
+    """Load the weights of a DiT, or of any source that `load_model` accepts, into a new `model`.
 
-    On the meta device this only tells whether they fit. Where the source has a card, settings of the network, and of
-    `diffusion` if given, that differ without showing in a shape are among the notes.
+    For a model on the meta device this only checks that they fit. If the source has a card, the notes include settings
+    of the network, and of `diffusion` if given, that differ without changing a shape.
 
-    Returns and raises as `start_from_pixart`, and as `load_model` where the source is no model.
+    Returns and raises as `start_from_pixart`; also raises as `load_model` if the source is not a model.
     """
     found = locate(source, ema=ema)
     state = found.weights.read()
@@ -41,7 +46,7 @@ def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: Diffu
         evidence = examine(state, found.name)
         if evidence.format == "diffusers":
             table = diffusers_parts(evidence.fields["depth"], micro_conditions=evidence.fields["micro_conditions"])
-            side = {_NULL: state[_NULL]} if _NULL in state else {}  # from our export's side file
+            side = {_NULL: state[_NULL]} if _NULL in state else {}  # from the side file of our export
             state = {name: torch.cat([state[part] for part in parts]) for name, parts in table.items()} | side
     card = card or found.card
     notes = _check_heads(model, found, card, state)
@@ -49,14 +54,19 @@ def start_from(model: PixArt, source: str, *, ema: bool = True, diffusion: Diffu
         return notes + start_from_dit(model, state)
     if card is not None:
         notes += _differences(card, model.config, diffusion)
+    if card is not None and card.model.conditioning == "dit" != model.config.conditioning:  # a DiT trained here
+        return notes + start_from_dit(model, state)
+    if _MODULATION.format(0) in state and model.config.conditioning == "adaln_single":
+        state = reparametrise(state)
+        notes.append(f"re-parametrised: the blocks' modulations become adaLN-single's, equal at t = {DIT_TIME:g}")
     return notes + start_from_pixart(model, state)
 
 
 def _check_heads(model: PixArt, found: Found, card: ModelCard | None, state: Mapping[str, Tensor]) -> list[str]:
-    """Refuse another number of heads, which no shape shows, than card or settings tell. Where they do not, a note says
-    if it is not that of the released models of this width."""
+    """Check the number of heads, which no tensor shape shows: refuse one that differs from the card or the settings. If
+    neither states it, note a number other than that of the released models of this width."""
     width, heads = model.config.hidden_size, model.config.num_heads
-    if len(state.get("t_embedder.mlp.2.bias", ())) != width:  # which is refused for its shapes
+    if len(state.get("t_embedder.mlp.2.bias", ())) != width:  # refused later, by its shapes
         return []
     told = card.model.num_heads if card else (found.settings or {}).get("num_attention_heads")
     if told is not None and told != heads:
@@ -70,7 +80,7 @@ def _check_heads(model: PixArt, found: Found, card: ModelCard | None, state: Map
 
 
 def _differences(card: ModelCard, config: PixArtConfig, diffusion: DiffusionConfig | None) -> list[str]:
-    """Settings that differ, a line each, but for those whose tensors are spoken of as new or left out."""
+    """Settings that differ, one line each, except those already reported as new or left-out tensors."""
     pairs = [("model", card.model, config)] + ([("diffusion", card.diffusion, diffusion)] if diffusion else [])
     return [
         f"{section}.{name}: {getattr(before, name)} in the source, {getattr(now, name)} here"
@@ -82,21 +92,22 @@ def _differences(card: ModelCard, config: PixArtConfig, diffusion: DiffusionConf
 
 @torch.no_grad()
 def start_from_pixart(model: PixArt, state: Mapping[str, Tensor]) -> list[str]:
-    """Put another PixArt's weights (official names) into `model`, which may differ in resolution and text length.
+    """Load another PixArt's weights (official names) into `model`, which may differ in resolution and text length.
 
-    Positions are computed, so they are the new model's. New micro-conditions start with zero output, so they change
-    nothing; new KV compression and qk-norm start as in a new model. A null caption of another length is taken as far as
-    it goes.
+    Fixed positions are computed for the new model. New learned ones are initialised with the sin-cos table; those of
+    another native size are interpolated. New micro-conditions get zero output, so that they change nothing; new KV
+    compression and qk-norm are initialised as in a new model. Of a null caption of another length, the tokens that both
+    have are copied.
 
     Returns:
-        what was left out or is new, a line each.
+        one line for each tensor that was left out or is new.
 
     Raises:
-        InputError: any other difference of names or shapes.
+        InputError: names or shapes differ in any other way.
     """
     notes, target, taken = [], model.state_dict(), {}
     for name, tensor in state.items():
-        if name == "pos_embed" or (name == _NULL and not tensor.any()):  # zeros stand for a null caption not known
+        if name == "pos_embed" or (name == _NULL and not tensor.any()):  # zeros mean: no null caption
             continue
         if name not in target and name.startswith(_MICRO):
             notes.append(f"left out: {name} (the new model has no micro-conditions)")
@@ -104,6 +115,10 @@ def start_from_pixart(model: PixArt, state: Mapping[str, Tensor]) -> list[str]:
             length = min(len(tensor), len(target[name]))
             taken[name] = torch.cat([tensor[:length].to(target[name]), target[name][length:]])
             notes.append(f"{name}: {length} of {len(target[name])} tokens are taken")
+        elif name == _TABLE and name in target and tensor.shape != target[name].shape and tensor.ndim == 2:
+            side = math.isqrt(len(target[name]))
+            taken[name] = resize(tensor.float(), side, side)
+            notes.append(f"{name}: interpolated from {len(tensor)} to {side**2} tokens")
         else:
             taken[name] = tensor
     for name in target.keys() - taken.keys():
@@ -113,31 +128,59 @@ def start_from_pixart(model: PixArt, state: Mapping[str, Tensor]) -> list[str]:
         elif any(part in name for part in _NEW) or name == _NULL:
             taken[name] = target[name]
             notes.append(f"new: {name}")
+        elif name == _TABLE:
+            taken[name] = _sincos(model)
+            notes.append(f"new: {name}, which starts as the sin-cos positions")
     _load(model, taken, "the weights to start from do not fit this model")
     return sorted(notes)
 
 
 @torch.no_grad()
 def start_from_dit(model: PixArt, state: Mapping[str, Tensor]) -> list[str]:
-    """Put a DiT's weights into `model` so that its blocks and final layer equal DiT's at t = 500.
+    """Load a DiT's weights, without its class embeddings, into `model`, whose cross-attention gets zero output.
 
-    DiT modulates block i by W_i·SiLU(c) + b_i with c = time + class. Without the class, PixArt's table_i +
-    t_block(time) is the same at t = 500 when t_block is the blocks' mean and table_i what is missing there. The final
-    layer adds the time embedding itself, so its table subtracts that. Cross-attention starts with zero output.
+    With conditioning "adaln_per_block" the modulations are loaded unchanged; with "adaln_single" they are
+    re-parametrised, see `reparametrise`.
 
     Returns and raises as `start_from_pixart`.
     """
     dropped = [name for name in state if name == "pos_embed" or name.startswith("y_embedder.")]
-    modulations = [name for name in state if ".adaLN_modulation." in name]
-    taken = {name: tensor for name, tensor in state.items() if name not in {*dropped, *modulations}}
-    depth = sum(name.startswith("blocks.") and name.endswith(".weight") for name in modulations)
-    width, dim = state["blocks.0.adaLN_modulation.1.weight"].shape[1], model.config.hidden_size
+    taken = {name: tensor for name, tensor in state.items() if name not in dropped}
+    depth = sum(name.startswith("blocks.") and name.endswith("adaLN_modulation.1.weight") for name in state)
+    width, dim = state[_MODULATION.format(0)].shape[1], model.config.hidden_size
     if (depth, width) != (model.config.depth, dim):
         raise InputError(
             f"this DiT has {depth} blocks of width {width}, the new model {model.config.depth} of width {dim}; set "
             f"model.depth and model.hidden_size to the DiT's"
         )
-    weights = torch.stack([state[f"blocks.{i}.adaLN_modulation.1.weight"].double() for i in range(depth)])
+    if model.config.conditioning == "adaln_single":
+        taken = reparametrise(taken)
+    notes = [f"left out: {name}" for name in dropped if name != "pos_embed"]
+    for name, tensor in model.state_dict().items():
+        if name in taken:
+            continue
+        if ".cross_attn." in name or name.startswith(("y_embedder.", *_MICRO)) or any(part in name for part in _NEW):
+            zero = name.endswith(("cross_attn.proj.weight", "cross_attn.proj.bias"))
+            zero = zero or (name.startswith(_MICRO) and ".mlp.2." in name)
+            taken[name] = torch.zeros_like(tensor) if zero else tensor
+        elif name == _TABLE:
+            taken[name] = _sincos(model)
+    _load(model, taken, "this DiT does not fit the new model")
+    return [*notes, "new: cross-attention (with zero output), the caption's MLP, the null caption"]
+
+
+@torch.no_grad()
+def reparametrise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with adaLN per block, DiT's or ours → those of the adaLN-single network that equals it at t = 500
+    (PixArt-α, section 2.3).
+
+    Block i is modulated by W_i·SiLU(time) + b_i. PixArt's table_i + t_block(time) equals this at t = 500 if t_block is
+    the mean over blocks and table_i the difference of block i from that mean. The final layer adds the time embedding
+    itself, so its table has it subtracted.
+    """
+    depth = sum(name.startswith("blocks.") and name.endswith("adaLN_modulation.1.weight") for name in state)
+    taken = {name: tensor for name, tensor in state.items() if ".adaLN_modulation." not in name}
+    weights = torch.stack([state[_MODULATION.format(i)].double() for i in range(depth)])
     biases = torch.stack([state[f"blocks.{i}.adaLN_modulation.1.bias"].double() for i in range(depth)])
     time = _time_embedding(state)  # (D,)
     gated = torch.nn.functional.silu(time)
@@ -146,16 +189,16 @@ def start_from_dit(model: PixArt, state: Mapping[str, Tensor]) -> list[str]:
     final = final + state["final_layer.adaLN_modulation.1.bias"].double()  # (2·D,)
     taken["t_block.1.weight"], taken["t_block.1.bias"] = weights.mean(0), biases.mean(0)
     for i, table in enumerate(tables):
-        taken[f"blocks.{i}.scale_shift_table"] = table.view(6, width)
-    taken["final_layer.scale_shift_table"] = final.view(2, width) - time
-    notes = [f"left out: {name}" for name in dropped if name != "pos_embed"]
-    for name, tensor in model.state_dict().items():
-        if ".cross_attn." in name or name.startswith(("y_embedder.", *_MICRO)) or any(part in name for part in _NEW):
-            zero = name.endswith(("cross_attn.proj.weight", "cross_attn.proj.bias"))
-            zero = zero or (name.startswith(_MICRO) and ".mlp.2." in name)
-            taken[name] = torch.zeros_like(tensor) if zero else tensor
-    _load(model, taken, "this DiT does not fit the new model")
-    return [*notes, "new: cross-attention (with zero output), the caption's MLP, the null caption"]
+        taken[f"blocks.{i}.scale_shift_table"] = table.view(6, len(time))
+    taken["final_layer.scale_shift_table"] = final.view(2, len(time)) - time
+    return taken
+
+
+def _sincos(model: PixArt) -> Tensor:
+    """The fixed positions of a model whose positions are learned: (N, D)."""
+    c = model.config
+    side = c.latent_size // c.patch_size
+    return grid_positions(side, side, c.hidden_size, base=side, scale=c.position_scale)
 
 
 def _time_embedding(state: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""The names of PixArt's tensors in diffusers: one table, read in both directions. Ours are the official ones.
+"""Tensor names in diffusers' format: one table for both directions. Our names are the official ones.
 
-diffusers keeps queries, keys and values apart that the official files hold as rows of one matrix.
+diffusers stores queries, keys and values in separate matrices, the official files as rows of one.
 """
 
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pixart.errors import InputError
 
-NULL_CAPTION = "y_embedder.y_embedding"  # has no place in diffusers' format
+NULL_CAPTION = "y_embedder.y_embedding"  # not part of diffusers' format
 
-# our module → diffusers' modules, one for each equal share of the rows, top rows first
+# our module → diffusers' modules, which split its rows equally, in this order
 _TOP = {
     "x_embedder.proj": ("pos_embed.proj",),
     "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
@@ -39,8 +39,15 @@ _BLOCK = {
 _TABLE = "scale_shift_table"
 
 
+def module_parts() -> dict[str, tuple[str, ...]]:
+    """Our module → diffusers' modules that are the equal parts of its rows, with # for the number of a block."""
+    blocks = {f"blocks.#.{ours}": tuple(f"transformer_blocks.#.{part}" for part in theirs)
+              for ours, theirs in _BLOCK.items()}  # fmt: skip
+    return {**_TOP, **_MICRO, **blocks}
+
+
 def diffusers_parts(depth: int, *, micro_conditions: bool) -> dict[str, tuple[str, ...]]:
-    """Our name of every tensor but the null caption → diffusers' names of its shares of the rows, in order."""
+    """Our name of every tensor except the null caption → diffusers' names of the equal parts of its rows, in order."""
     modules = {**_TOP, **(_MICRO if micro_conditions else {})}
     tables = {f"final_layer.{_TABLE}": (_TABLE,)}
     for i in range(depth):
@@ -56,10 +63,10 @@ def diffusers_parts(depth: int, *, micro_conditions: bool) -> dict[str, tuple[st
 
 
 def to_diffusers(state: Mapping[str, Tensor], depth: int, *, micro_conditions: bool) -> dict[str, Tensor]:
-    """Our tensors under diffusers' names, the null caption left out; shares of a matrix are views.
+    """Our tensors under diffusers' names, without the null caption; the parts of a matrix are views.
 
     Raises:
-        InputError: a tensor that diffusers' network has no place for.
+        InputError: a tensor that diffusers' network does not have.
     """
     parts = diffusers_parts(depth, micro_conditions=micro_conditions)
     if homeless := [name for name in state if name not in parts and name != NULL_CAPTION]:

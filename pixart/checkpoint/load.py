@@ -1,13 +1,12 @@
-"""Any PixArt in circulation → our network and its card: `load_model(source)`. Strict, whatever the format.
+"""Loads any published PixArt format into our network, with its card: `load_model(source)`. Loading is always strict.
 
     locate (which files) → examine (which format and network) → plan (tensor by tensor) → read
 
-The network is built on the meta device and takes the memory-mapped pages of safetensors as its weights. What must be
-copied (torch's own files, which torch.save may cut short; diffusers' shares of a matrix; another dtype or device) is
-copied in groups, and the pages behind it are let go.
+The network is built on the meta device, and its parameters are the memory-mapped tensors of a safetensors file. Tensors
+that must be copied (from torch's own files, which torch.save may truncate in place; split matrices of diffusers; other
+dtypes or devices) are copied in groups, and each group's memory map is released afterwards.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from pixart.checkpoint.cards import implied_card, settings_fields, with_own_parts
 from pixart.checkpoint.detect import (
+    FLOATS,
     MAY_LACK,
     POSITIONS,
     check_fields,
@@ -34,22 +34,24 @@ from pixart.checkpoint.files import ModelCard, compare_shapes
 from pixart.checkpoint.keys import NULL_CAPTION, diffusers_parts
 from pixart.checkpoint.locate import Found, locate
 from pixart.config import build, build_written, names_with, to_dict
+from pixart.device import check_device
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
+from pixart.files import parse_json
 from pixart.model.pixart import PixArt, PixArtConfig
 
-GROUP_BYTES = 256 << 20  # copied between two maps of the file
+GROUP_BYTES = 256 << 20  # bytes copied before the file is mapped anew
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model comes out of its files: our name of each tensor → the file's names of its shares of the rows."""
+    """How to read a model from its files; `parts`: our name of each tensor → the file's names of its parts by rows."""
 
     format: str  # ours, official or diffusers
     card: ModelCard
     model: PixArt  # on the meta device
     parts: dict[str, tuple[str, ...]]
-    has_null: bool  # whether the file has a null caption; zeros stand for none
+    has_null: bool  # whether the file has a null caption; all zeros count as none
 
 
 def load_model(
@@ -62,23 +64,23 @@ def load_model(
     revision: str | None = None,
     extensions: Iterable[str | Path] = (),
 ) -> PixArt:
-    """Load a PixArt in eval mode, from any format, with the config that its files tell.
+    """Load a PixArt in eval mode from any format; its config is determined from its files.
 
-    No parameter requires a gradient: call `requires_grad_(True)` to train. On the CPU, weights of safetensors stay
-    memory-mapped, so that file is to be replaced, not written into, while the model lives; all others are copied.
+    No parameter requires a gradient: call `requires_grad_(True)` to train. On the CPU, weights in safetensors files
+    stay memory-mapped: while the model is in use, such a file may be replaced but must not be modified in place.
 
     Args:
-        source: an official .pth or training checkpoint, a transformer or pipeline folder of diffusers, one of its
-            files, a model or run of ours, or on the Hub owner/name, owner/name/subfolder or owner/name/file.pth.
-        ema: of a source with averaged and raw weights, the averaged ones.
-        dtype: the files' own by default, which must then be one.
+        source: an official .pth or training checkpoint; a diffusers transformer or pipeline folder, or one of its
+            files; a model or run in our format; or on the Hub owner/name, owner/name/subfolder or owner/name/file.pth.
+        ema: whether to load the averaged weights if the source has averaged and raw ones.
+        dtype: by default that of the files, which must then all agree.
         device: the CPU by default.
-        overrides: fields of `PixArtConfig` that a file cannot tell, as {"num_heads": 12}.
+        overrides: fields of `PixArtConfig` that the file does not determine, e.g. {"num_heads": 12}.
         revision: of a Hub repository: a branch, tag or commit.
-        extensions: files of one's own that register the variants it is made of, see `pixart.extensions`.
+        extensions: Python files that register the variants that the model uses, see `pixart.extensions`.
 
     Raises:
-        InputError: nothing there, not a PixArt, or not whole; names files, tensors, shapes and the likely cause.
+        InputError: nothing there, not a PixArt, or incomplete; names files, tensors, shapes and the likely cause.
     """
     return load_with_card(
         source, ema=ema, dtype=dtype, device=device, overrides=overrides, revision=revision, extensions=extensions
@@ -95,8 +97,12 @@ def load_with_card(
     revision: str | None = None,
     extensions: Iterable[str | Path] = (),
 ) -> tuple[PixArt, ModelCard]:
-    """As `load_model`, with all that sampling needs besides: the source's own card, or what its variant implies."""
+    """As `load_model`, together with the card that sampling needs: the source's own, or the one its variant implies."""
     load_extensions(extensions)
+    if dtype not in (None, *FLOATS):
+        raise InputError(f"dtype: got {short(dtype)}, expected one of {', '.join(map(short, FLOATS))}")
+    if device is not None:
+        check_device(device)
     found = locate(source, ema=ema, revision=revision)
     state = found.weights.read()
     plan = make_plan(found, state, overrides)
@@ -104,12 +110,12 @@ def load_with_card(
         check_one_dtype(state, plan, found.name)
     loaded = dict(_take(found, state, plan, dtype, torch.device(device or "cpu")))
     plan.model.load_state_dict(loaded, strict=True, assign=True)
-    plan.model.card = plan.card  # travels with it, see `export_model`
+    plan.model.card = plan.card  # the default card of `export_model`
     return plan.model.eval().requires_grad_(False), plan.card
 
 
 def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] | None = None) -> Plan:
-    """Decide what the tensors are, and compare every name and shape with the network that they mean.
+    """Determine the network that the tensors belong to, and compare every name and shape with it.
 
     Raises:
         InputError: as `load_model`.
@@ -120,7 +126,7 @@ def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] 
     if difference := compare_shapes(expected, held):
         if card is not None:
             what = f"does not fit the model of its {'config' if found.kind == 'ours' else 'card'}"
-        else:  # with names that no PixArt has it is another network, which may be whole
+        else:  # unknown names mean another network, which may be complete
             kind = "PixArt-Σ" if is_sigma(plan.card.model) else "PixArt"
             what = f"is not a {'' if held.keys() - expected else 'whole '}{kind} in the {plan.format} format"
         raise InputError(f"{found.name} {what}; {difference}")
@@ -128,8 +134,8 @@ def make_plan(found: Found, state: dict[str, Tensor], overrides: dict[str, Any] 
 
 
 def network_card(found: Found) -> ModelCard | None:
-    """The card that makes the network, with whatever modules: our own, or the one inside an official file. None where
-    the tensors tell it; diffusers' have a card beside them at most."""
+    """The card that defines the network: that of our format, or the one inside an official file. None if the tensors
+    determine the network, as always in diffusers' format, where a card may only stand beside them."""
     return found.card or card_inside(found) if found.settings is None else None
 
 
@@ -156,7 +162,7 @@ def _by_tensors(found: Found, state: dict[str, Tensor], overrides: dict[str, Any
                 raise contradiction(found.name, "its card says", name, getattr(card.model, name), evidence.fields)
     told = settings_fields(found, evidence, overrides or {})
     if card is not None:
-        both = names_with(PixArtConfig, "diffusers", "told")  # by config.json and by the card
+        both = names_with(PixArtConfig, "diffusers", "told")  # in config.json and in the card
         if other := [name for name in told if name in both and told[name] != getattr(card.model, name)]:
             raise InputError(
                 f"{found.name}: its config.json says {other[0]} {told[other[0]]}, its card "
@@ -169,7 +175,7 @@ def _by_tensors(found: Found, state: dict[str, Tensor], overrides: dict[str, Any
 
 
 def check_one_dtype(state: dict[str, Tensor], plan: Plan, source: str) -> None:
-    """Refuse a file whose tensors differ in dtype, since which one was meant is not for us to say."""
+    """Refuse a file whose tensors differ in dtype, because which one is intended is unknown."""
     used = {part: state[part].dtype for parts in plan.parts.values() for part in parts}
     counts = Counter(used.values()).most_common()
     if len(counts) > 1:
@@ -183,7 +189,7 @@ def check_one_dtype(state: dict[str, Tensor], plan: Plan, source: str) -> None:
 
 
 def non_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has a NaN or infinity; by its sum first, which needs no second tensor."""
+    """Whether a tensor has a NaN or infinity; the sum is tested first, since it needs no temporary tensor."""
     return not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all())
 
 
@@ -200,13 +206,13 @@ def _plan(kind: str, card: ModelCard, state: dict[str, Tensor]) -> Plan:
     has_null = NULL_CAPTION in state
     if not has_null and NULL_CAPTION in MAY_LACK.get(kind, ()):
         del parts[NULL_CAPTION]
-    elif kind == "ours":  # where an absent one was written as zeros
+    elif kind == "ours":  # our format stores an absent null caption as zeros
         has_null = has_null and bool(state[NULL_CAPTION].any())
     return Plan(kind, card, model, parts, has_null)
 
 
 def _expected(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The file's names and shapes, if it holds the planned network."""
+    """The names and shapes that a file of the planned network has."""
     tensors = plan.model.state_dict()
     expected = {}
     for name, parts in plan.parts.items():
@@ -220,12 +226,12 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def card_inside(found: Found) -> ModelCard | None:
-    """The card that our export to the authors' format puts into the file where its tensors alone would mislead."""
+    """The card that our export to the authors' format stores in the file if its tensors alone would be misread."""
     text = found.weights.card_text()
     if text is None:
         return None
     try:
-        return build_written(ModelCard, json.loads(text), place=f"{found.name}: ")
+        return build_written(ModelCard, parse_json(text), place=f"{found.name}: ")
     except (TypeError, ValueError) as error:
         raise InputError(f"{found.name}: its card cannot be read ({error})") from None
 
@@ -233,7 +239,7 @@ def card_inside(found: Found) -> ModelCard | None:
 def _take(
     found: Found, state: dict[str, Tensor], plan: Plan, dtype: torch.dtype | None, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the network: the mapped one where it serves as it is, else a copy."""
+    """Every tensor of the network: the memory-mapped one if it can be used as it is, else a copy."""
     copied: list[list[str]] = [[]]
     may_stay = found.weights.may_stay_mapped() and device.type == "cpu"
     size = 0

@@ -1,4 +1,4 @@
-"""What a source means: a model of ours, a transformer of diffusers, or a file; on disk or on the Hub."""
+"""Finds the files of a source: a model in our format, a diffusers transformer, or a single file; on disk or the Hub."""
 
 import os
 import re
@@ -6,27 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pixart.arguments import say
 from pixart.checkpoint.files import CONFIG, WEIGHTS, ModelCard, find_model, read_card
+from pixart.checkpoint.foreign import SUFFIXES, what_else
 from pixart.checkpoint.weights import Weights, read_index
+from pixart.encoders.tensor_files import find_variant
 from pixart.errors import InputError
 from pixart.files import read_json
 
 STEM = "diffusion_pytorch_model"
 TRANSFORMER_FILES = (
-    f"{STEM}.safetensors", f"{STEM}.safetensors.index.json", f"{STEM}.bin", f"{STEM}.bin.index.json",
-)  # fmt: skip
+    f"{STEM}.safetensors",
+    f"{STEM}.safetensors.index.json",
+    f"{STEM}.bin",
+    f"{STEM}.bin.index.json",
+)
 PIPELINE = "model_index.json"
-SIDE_NULL, SIDE_CARD = "null_caption.safetensors", "pixart.json"  # what diffusers' format has no place for
-CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second wrote the folders of before 2024-05
-SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".index.json")
+SIDE_NULL, SIDE_CARD = "null_caption.safetensors", "pixart.json"  # content that diffusers' format cannot hold
+CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second in folders written before 2024-05
+INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # of shards, perhaps of a variant
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model's files. `settings` are diffusers' config.json; `home` may hold its text encoder and VAE: our model's own
-    folder, or that of diffusers' pipeline around a transformer."""
+    """A model's files. `settings` is diffusers' config.json; `home` is the folder that may contain text encoder and
+    VAE: that of a model in our format, or of the diffusers pipeline around a transformer."""
 
-    name: str  # what was asked for, for errors
+    name: str  # the source as given, for messages
     kind: Literal["ours", "foreign"]
     weights: Weights
     card: ModelCard | None = None
@@ -35,24 +41,27 @@ class Found:
 
 
 def locate(source: str | Path, *, ema: bool = True, revision: str | None = None) -> Found:
-    """Find a model.
+    """Find a model's files.
 
     Args:
-        source: a file; a folder (ours, a run, its checkpoints or one of them, diffusers' transformer or pipeline);
+        source: a file; a folder (a model, a run, its checkpoints or one of them, diffusers' transformer or pipeline);
             or on the Hub owner/name, owner/name/subfolder or owner/name/file.pth, from the cache if offline.
+        ema: whether to choose the averaged weights if there are averaged and raw ones.
         revision: of the Hub repository: a branch, tag or commit.
 
     Raises:
-        InputError: nothing there, or nothing that is a PixArt; says what was there instead.
+        InputError: nothing there, or no model; says what was found instead.
     """
     path = Path(os.path.expanduser(source))
     try:
         if not path.exists():
             path = _from_hub(str(source), revision)
         elif revision is not None:
-            raise InputError(f"{source} is on disk, where there is no revision '{revision}'")
+            raise InputError(f"{source} is on disk, where there is no revision {say(revision)}")
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{source}: a FIFO or device, expected a file or folder of weights")
         return _in_file(path, str(source), ema) if path.is_file() else _in_folder(path, str(source), ema)
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError) as error:
         raise InputError(f"{source}: cannot be read ({error.strerror}: {error.filename})") from None
 
 
@@ -63,7 +72,7 @@ def _in_file(path: Path, name: str, ema: bool) -> Found:
         return Found(name, "ours", Weights((path,)), card=read_card(path.parent), home=path.parent)
     if settings.get("_class_name") in CLASSES:
         return _transformer(path.parent, name, path, ema)
-    files = read_index(path) if path.name.endswith(".index.json") else (path,)
+    files = read_index(path) if INDEX.search(path.name) else (path,)
     return Found(name, "foreign", Weights(files, ema))
 
 
@@ -77,51 +86,42 @@ def _in_folder(folder: Path, name: str, ema: bool) -> Found:
     if "_class_name" in settings:
         return _transformer(folder, name, None, ema)
     if "architectures" in settings:
-        raise InputError(f"{name}: a {', '.join(settings['architectures'] or ['model'])} of transformers, not a PixArt")
+        kinds = settings["architectures"] if isinstance(settings["architectures"], list) else []
+        raise InputError(f"{name}: a {', '.join(map(str, kinds)) or 'model'} of transformers, not a PixArt")
     if folder.absolute().name == "checkpoints" and any(folder.glob("step_*")):
         folder = folder.absolute().parent  # the run
     ours = [folder / WEIGHTS, folder / "ema" / WEIGHTS, folder / "model" / WEIGHTS]
-    if (folder / "checkpoints").is_dir() or any(path.exists() for path in ours):
+    alone = ours[0].exists() and not (folder / CONFIG).exists()  # weights that another tool wrote under this name
+    if not alone and ((folder / "checkpoints").is_dir() or any(path.exists() for path in ours)):
         model = find_model(folder, ema=ema)
         return Found(name, "ours", Weights((model / WEIGHTS,)), card=read_card(model), home=model)
-    raise InputError(f"no model at {name}: {_what_else(folder)}")
+    raise InputError(f"no model at {name}: {what_else(folder)}")
 
 
 def _transformer(folder: Path, name: str, file: Path | None, ema: bool) -> Found:
     settings = read_json(folder / CONFIG)
+    if settings.get("caption_channels", 0) is None:
+        raise InputError(
+            f"{name}: its config.json says caption_channels null, by which diffusers builds a transformer without the "
+            "projection of captions that every PixArt has; another model, or a damaged config"
+        )
     if (kind := settings.get("_class_name")) not in CLASSES:
         hint = "; a VAE is given as vae.source, or --vae" if kind == "AutoencoderKL" else ""
         raise InputError(f"{name}: {folder / CONFIG} is of a {kind}, expected {CLASSES[0]}{hint}")
     file = file or next((folder / f for f in TRANSFORMER_FILES if (folder / f).is_file()), None)
+    if file is None and (variant := find_variant(folder, [STEM])) is not None:
+        file = variant[0]
     if file is None:
-        raise InputError(f"no model at {name}: {_what_else(folder)}")
-    files = read_index(file) if file.name.endswith(".index.json") else (file,)
+        raise InputError(f"no model at {name}: {what_else(folder)}")
+    files = read_index(file) if INDEX.search(file.name) else (file,)
     side = (folder / SIDE_NULL,) if (folder / SIDE_NULL).is_file() else ()
     card = read_card(folder, SIDE_CARD) if (folder / SIDE_CARD).is_file() else None
     pipeline = folder.parent if (folder.parent / PIPELINE).is_file() else None
     return Found(name, "foreign", Weights((*files, *side), ema), card, settings, pipeline)
 
 
-def _what_else(folder: Path) -> str:
-    """Why a folder is no model, by what is in it."""
-    files = sorted(path.name for path in folder.iterdir())
-    if not files:
-        return "the folder is empty"
-    if shards := [file for file in files if "-of-" in file]:
-        return f"holds shards ({shards[0]}, …) but no index ({TRANSFORMER_FILES[1]}); fetch it"
-    if any(file.endswith(".distcp") for file in files):
-        return (
-            "a sharded torch.distributed checkpoint; gather it first: "
-            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth"
-        )
-    if named := [file for file in files if file.endswith(SUFFIXES)]:
-        return f"the folder holds {', '.join(named[:6])}; name the file that you mean"
-    expected = f"{WEIGHTS} and {CONFIG}, a run's checkpoints, or diffusers' {TRANSFORMER_FILES[0]} and {CONFIG}"
-    return f"expected {expected}; found {', '.join(files[:6])}"
-
-
 def _from_hub(source: str, revision: str | None) -> Path:
-    """A Hub repository's file or folder in the local cache, downloaded where the Hub can be reached."""
+    """A Hub repository's file or folder in the local cache, downloaded if the Hub can be reached."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", source)
     if not match or (source.count("/") == 1 and source.endswith(SUFFIXES)):
         raise InputError(f"no model at {source}: no such file or folder, and not a Hub id (owner/name)")
@@ -137,8 +137,9 @@ def _from_hub(source: str, revision: str | None) -> Path:
             beside.append(str(Path(inside).parent / PIPELINE))
         names = [CONFIG, PIPELINE, WEIGHTS, SIDE_NULL, SIDE_CARD]
         first = [f"{STEM}.safetensors", f"{STEM}-*-of-*.safetensors", f"{STEM}.safetensors.index.json"]
+        variants = [f"{STEM}.*.safetensors", f"{STEM}.*-*-of-*.safetensors", f"{STEM}.safetensors.index.*.json"]
         second = [f"{STEM}.bin", f"{STEM}-*-of-*.bin", f"{STEM}.bin.index.json"]
-        for weights in (first, second):  # the older files only where there are no others
+        for weights in (first, second, variants):  # .bin files only if there are no safetensors
             patterns = [root + name for root in roots for name in (*names, *weights)] + beside
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / inside
             held = [folder / place / name for place in ("", "transformer") for name in (*TRANSFORMER_FILES, WEIGHTS)]

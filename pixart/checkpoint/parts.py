@@ -1,4 +1,4 @@
-"""Text encoder and VAE of a model that is written for any machine: by their public names, or copied beside it."""
+"""Makes a written model independent of this machine: its text encoder and VAE are named by public ids, or copied."""
 
 import os
 import re
@@ -19,16 +19,16 @@ _WORDS, _OPTIONS = {TEXT: "text encoder", VAE: "VAE"}, {TEXT: "--text-encoder", 
 
 
 def local_parts(card: ModelCard) -> dict[str, str]:
-    """Folder of a pipeline → the card's name of that part, of those that other machines do not have."""
+    """The parts that exist only on this machine: folder name in a pipeline → the card's name of the part."""
     parts = {TEXT: card.text.model} | ({VAE: card.vae.source} if card.vae.kind == "kl" else {})
     return {part: name for part, name in parts.items() if _public(name, part) is None}
 
 
 def portable(card: ModelCard, *, copied: bool = False) -> ModelCard:
-    """A card that names no place of this machine.
+    """A card without paths of this machine.
 
-    What lies in the Hub's cache gets its Hub id. What is here alone is called ./NAME, which no Hub id is: NAME is that
-    of its folder, or where it is `copied` beside the model that of the copy.
+    A part in the Hub's cache is named by its Hub id. A part that exists only here is named ./NAME, which cannot be a
+    Hub id: NAME is the name of its folder, or if it is `copied` beside the model, that of the copy.
     """
     names = {part: f"./{part if copied else Path(name).name}" for part, name in local_parts(card).items()}
     text = names.get(TEXT) or _public(card.text.model, TEXT)
@@ -39,7 +39,7 @@ def portable(card: ModelCard, *, copied: bool = False) -> ModelCard:
 
 
 def describe_parts(parts: dict[str, str], *, copied: bool) -> list[str]:
-    """What became of `local_parts`, as lines."""
+    """What was done with `local_parts`, in lines of text."""
     if not parts:
         return []
     if copied:
@@ -50,7 +50,7 @@ def describe_parts(parts: dict[str, str], *, copied: bool) -> list[str]:
 
 
 def check_parts(parts: dict[str, str]) -> None:
-    """Refuse parts that are to be copied and are not here."""
+    """Refuse to copy parts that do not exist."""
     for part, name in parts.items():
         if not os.path.exists(name):
             raise InputError(
@@ -60,7 +60,7 @@ def check_parts(parts: dict[str, str]) -> None:
 
 
 def copy_text(config: TextConfig, encoder: Path, tokenizer: Path) -> None:
-    """Write a text encoder, in the dtype of its files, and its tokenizer into two folders, or one."""
+    """Write a text encoder, in the dtype of its files, and its tokenizer into two folders, which may be the same."""
     try:
         text = TextEncoder.load(config, dtype="auto")
     except InputError as error:
@@ -73,7 +73,7 @@ def copy_vae(source: str, scale: float | None, folder: Path) -> None:
     """Copy a VAE's config and weights.
 
     Raises:
-        InputError: nothing there, or a VAE of another scaling factor than `scale`.
+        InputError: nothing there, or its scaling factor is not `scale`.
     """
     weights = find_weights(source, None)
     own = VaeConfig.from_diffusers(read_settings(weights.parent / CONFIG)).scaling_factor
@@ -85,7 +85,7 @@ def copy_vae(source: str, scale: float | None, folder: Path) -> None:
 
 
 def _public(name: str, part: str) -> str | None:
-    """The name by which any machine finds a part: a Hub id or pip:PACKAGE; None where it is a place on this one."""
+    """The name by which other machines find a part: a Hub id or pip:PACKAGE; None for a path on this machine."""
     if not (os.path.exists(name) or os.path.isabs(name) or name.startswith(("./", "../"))):
         return name
     if not (match := _CACHED.search(os.path.abspath(name))):

@@ -1,47 +1,51 @@
-"""Tensors in files: what a file holds by its content, memory-mapped, and never a line of its code run.
+"""Reads tensors from files, memory-mapped; the format is detected from the content, and no code in a file is ever run.
 
-Every `Weights.read` maps the files anew. Pages that were only copied from leave memory with that map, so a load
-holds each weight once.
+Every `Weights.read` maps the files anew. Pages from which tensors were copied are released with their map, so that
+loading never holds a weight twice.
 """
 
 import argparse
-import json
 import pickle
 import re
 import shlex
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pixart.encoders.tensor_files import check_tensors, load_torch, sniff
 from pixart.errors import InputError
+from pixart.files import read_json
 
-CARD_KEY = "pixart_card"  # JSON beside an official file's state_dict, where the defaults would misread the model
-# where checkpoints keep their averaged and their raw weights: PixArt's authors, DiT's, DeepSpeed
-_EMA, _RAW = ("state_dict_ema", "ema"), ("state_dict", "model", "module")
-# parts of a name that wrappers add: DDP, torch.compile, ControlNet's and FSDP's modules, trainers
+CARD_KEY = "pixart_card"  # JSON beside an official file's state_dict, for models that would otherwise be misread
+# sections of training checkpoints with averaged and with raw weights: PixArt's authors', DiT's, DeepSpeed's
+_EMA, _RAW = ("state_dict_ema", "ema"), ("state_dict", "model", "module", "model_state_dict")
+# name components added by wrappers: DDP, torch.compile, ControlNet, FSDP, trainers
 _WRAPPERS = {"module", "_orig_mod", "base_model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
-_FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # every PixArt has one; what stands before it is a prefix
+# every PixArt has one of these; anything before it is a prefix
+_FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+
+# ends of the names of weights, and of what quantised weights have beside them
+_WEIGHT = re.compile(r"(weight|bias|table|embed|embedding)$|scale|zero|quant|absmax")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one model, over one file or more. Nothing is read before `read`, and then only mapped."""
+    """The tensors of one model in one or more files; nothing is opened before `read`, which maps them into memory."""
 
     files: tuple[Path, ...]
-    ema: bool = True  # of a training checkpoint with both, the averaged weights
+    ema: bool = True  # prefer the averaged weights of a training checkpoint
 
     def read(self) -> dict[str, Tensor]:
-        """Names without wrappers' prefixes → tensors in a new memory map; writing to them leaves the file alone.
+        """Names without wrappers' prefixes → tensors in a new private memory map; writing to them changes no file.
 
         Raises:
-            InputError: not files of weights, damaged, with code in them, or a name twice.
+            InputError: not files of weights, damaged, containing code, or with a name that occurs twice.
         """
         state: dict[str, Tensor] = {}
         for file in self.files:
@@ -49,51 +53,63 @@ class Weights:
             if twice := sorted(state.keys() & part.keys()):
                 raise InputError(f"{file}: {twice[0]} stands in another file of this model too")
             state.update(part)
+        state = {name: tensor for name, tensor in state.items() if not _is_counter(name, tensor)}
         return strip_wrappers(state, self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
     def may_stay_mapped(self) -> bool:
-        """Whether a model may live on what `read` maps: torch.save cuts a file short under its map, which kills."""
+        """Whether a model may keep using the mapped tensors: torch.save truncates a file in place, and then access to
+        its map kills the process."""
         return all(sniff(file) != "zip" for file in self.files)
 
     def sections(self) -> list[str]:
-        """Where a training checkpoint has weights, those that `read` takes first; none in a file of tensors alone."""
+        """The sections of a training checkpoint that hold weights, the one that `read` uses first; empty for a plain
+        file of tensors."""
         return _sections(read_payload(self.files[0]), ema=self.ema)
 
     def card_text(self) -> str | None:
-        """The card that our own export to the official format adds where needed."""
-        if len(self.files) != 1 or sniff(self.files[0]) == "safetensors":
+        """The card that our export to the official format adds if needed."""
+        if len(self.files) != 1:
             return None
+        if sniff(self.files[0]) == "safetensors":
+            with safe_open(self.files[0], "pt") as file:
+                return (file.metadata() or {}).get(CARD_KEY)
         payload = read_payload(self.files[0])
         return payload.get(CARD_KEY) if isinstance(payload, Mapping) else None
 
 
 def read_payload(path: Path) -> Any:
-    """What a file holds, tensors memory-mapped (but for torch files older than 1.6, which cannot be)."""
+    """A file's content with memory-mapped tensors (torch files from before version 1.6 cannot be mapped).
+
+    Raises:
+        InputError: unreadable, damaged, or containing code.
+    """
     kind = sniff(path)
     try:
         if kind == "safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # a script's arguments, which are data alone
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+            return load_torch(path, kind)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
                 f"{path}: refused, since loading it would run code: its pickle calls {found[1]}. {_way_out(path)}"
             ) from None
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-        reason = _one_line(reason.partition("Check the documentation")[0])  # which is on switching the protection off
+        reason = _one_line(reason.partition("Check the documentation")[0])  # advice on disabling the protection
         raise InputError(
             f"{path}: refused: damaged, or a pickle that torch.save did not write, which might run code ({reason}); "
             "fetch it again, or have its author save the tensors by torch.save or safetensors"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the readers raise any kind on damaged files
         raise InputError(
             f"{path}: truncated or damaged ({path.stat().st_size:,} bytes; {_one_line(error)}); fetch it again"
         ) from None
 
 
 def _way_out(path: Path) -> str:
-    """The command that takes the tensors out of a pickle with code, a pickled network's too, by section."""
+    """A command that extracts the tensors from a pickle with code, including pickled networks, section by section."""
     made = f"{path.stem}_tensors.pth"
     code = (
         "import sys, torch; "
@@ -109,36 +125,19 @@ def _way_out(path: Path) -> str:
     )
 
 
-def sniff(path: Path) -> str:
-    """ "safetensors", "zip" (torch since 1.6) or "pickle" (before), by the first bytes.
-
-    Raises:
-        InputError: unreadable, or what a failed download leaves.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not head:
-        raise InputError(f"{path}: the file is empty; fetch it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: a Git-LFS pointer, not the weights; run git lfs pull, or download the file itself")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(f"{path}: a web page, not weights; the download failed or needs a login. Fetch it again")
-    if head.startswith(b"PK\x03\x04"):
-        return "zip"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
-        return "safetensors"
-    if head.startswith(b"\x80"):
-        return "pickle"
-    raise InputError(f"{path}: neither a torch nor a safetensors file; it starts with {head[:8]!r}")
+def _is_counter(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is no weight but a buffer that trainers keep beside them: a single number, as the steps of an
+    average, or a list of integers, as the positions of tokens. A PixArt has neither."""
+    if tensor.ndim == 0:
+        return True
+    integers = not tensor.is_floating_point() and not tensor.is_complex()
+    return integers and tensor.ndim == 1 and _WEIGHT.search(name) is None
 
 
 def find_state(payload: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """The state dict in a file's content: the content itself, or the section asked for.
+    """The state dict in a file's content: the content itself, or one of its sections.
 
-    With `ema` the averaged weights, or the raw ones where a file has no others, as released ones.
+    With `ema` these are the averaged weights, or the raw ones if there are no others, as in released files.
     """
     if not isinstance(payload, Mapping):
         raise InputError(f"{path}: holds a {type(payload).__name__}, expected tensors by name")
@@ -153,23 +152,29 @@ def find_state(payload: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
         )
     if not state:
         raise InputError(f"{path}: has no tensor in it")
+    check_tensors(state, path)
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _sections(payload: Mapping[str, Any], *, ema: bool) -> list[str]:
-    """Keys with a state dict under them, those asked for first."""
+    """Keys that hold a state dict, in order of preference."""
     order = (*_EMA, *_RAW) if ema else (*_RAW, *_EMA)
     return [key for key in order if isinstance(payload.get(key), Mapping) and payload[key]]
 
 
 def strip_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names as the network's own.
+    """Tensors under the network's own names.
 
-    That is without `module.`, `_orig_mod.`, `base_model.` and the like, wherever they stand, and without what stands
-    before the first layer's name, as `model.diffusion_model.` or `transformer.`.
+    Removes `module.`, `_orig_mod.`, `base_model.` and similar components anywhere in a name, and everything before the
+    first layer's name, such as `model.diffusion_model.` or `transformer.`.
+
+    Raises:
+        InputError: several networks in one file, or two tensors with the same name without prefixes.
     """
     inner = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
     prefixes = [name.removesuffix(first) for name in inner.values() for first in _FIRST if name.endswith(f".{first}")]
+    if len(prefixes := sorted(set(prefixes))) > len(_FIRST) * 4:
+        raise InputError(f"{path}: holds {len(prefixes)} networks, {prefixes[0]} and others; expected one")
     stripped, origin = {}, {}
     for name, tensor in state.items():
         short = inner[name]
@@ -182,17 +187,16 @@ def strip_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
 
 
 def read_index(index: Path) -> tuple[Path, ...]:
-    """The shards that an index names, every one there and holding what the index says.
+    """The shards that an index lists; each must exist and contain the tensors listed for it.
 
     Raises:
-        InputError: the index is damaged, or a shard is missing or another.
+        InputError: the index is damaged, or a shard is missing or does not contain its tensors.
     """
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: the index of the shards cannot be read ({_one_line(error)})") from None
-    outside = [str(file) for file in files if not isinstance(file, str) or Path(file).name != file]
+    where = read_json(index, what="the index of the shards").get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{index}: the index of the shards cannot be read (expected weight_map: tensor → file)")
+    files = sorted(set(where.values()))
+    outside = [file for file in files if Path(file).name != file]
     if not files or outside:
         raise InputError(f"{index}: expected names of files beside it, got {', '.join(outside) or 'none'}")
     if missing := [file for file in files if not (index.parent / file).is_file()]:

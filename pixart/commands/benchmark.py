@@ -1,41 +1,58 @@
-"""Ours and diffusers side by side: python scripts/benchmark.py forward backward --preset alpha-256 --size 256"""
+"""Measure the speed of pixart and of diffusers side by side.
+
+Cases: forward, backward, attention, cross, optimizer, train, beside, sample, lcm, decode, encode, text, pipeline, page,
+page-pixels, load. Networks have random weights. From six rounds on, the ratios of times are given with an interval.
+
+examples:
+    pixart benchmark forward backward --preset alpha-256 --size 256
+    pixart benchmark train --config mine.yaml --programs ours "plain loop"
+    pixart benchmark sample --device cuda --dtype bfloat16 --batch largest --json speed.json
+"""
 
 import argparse
-import os
 
 from pixart import cli
-from pixart.benchmark.cases import CASES
-from pixart.benchmark.measure import Settings
-from pixart.benchmark.run import run
 
 
-def main() -> None:
-    default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="+", metavar="case", help=", ".join(CASES))
-    parser.add_argument("--preset", default=default.preset, help="XL/2, S/2, alpha-256, sigma-1024, …")
-    parser.add_argument("--size", default="256", help="of pictures in pixels, 512 or 384x672 (height x width)")
-    parser.add_argument("--batch", help="pictures, or largest: the most that fit a GPU; default 2")
-    parser.add_argument("--tokens", type=int, default=default.tokens, help="of a caption")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default.dtype)
-    parser.add_argument("--device", default=default.device)
-    parser.add_argument("--rounds", type=int, default=default.rounds)
-    parser.add_argument("--text-width", type=int, default=default.text_width, help="of the random T5")
-    parser.add_argument("--text-layers", type=int, default=default.text_layers)
-    parser.add_argument("--config", default=default.config, help="of the case train")
-    parser.add_argument("--source", help="of the case load, as load_model takes it; random weights by default")
-    parser.add_argument("--programs", nargs="*", default=[], help="those to run, such as ours ours-compiled diffusers")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the run for peak memory")
-    parser.add_argument("--return-memory", action="store_true", help="give freed memory back, as other programs do")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--compare", metavar="OLD", help="say what changed since a file of --json")
-    parser.add_argument("--profile", metavar="FOLDER", help="write a trace and the top kernels instead")
-    a = parser.parse_args()
-    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a first call is one that compiles
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("cases", nargs="+", metavar="CASE", help="see above")
+    add("--preset", help="XL/2, S/2, alpha-256, sigma-1024, … (default: alpha-256)")
+    add("--size", default="256", help="of images in pixels, 512 or 384x672 (height x width; default: 256)")
+    add("--batch", help="number of images, or largest: as many as fit a GPU (default: 2)")
+    add("--tokens", type=int, metavar="N", help="of a caption (default: 120)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32)")
+    add("--device", help="(default: cpu)")
+    add("--rounds", type=int, metavar="N", help="repetitions of all programs in turn (default: 3)")
+    add("--text-width", type=int, metavar="N", help="of the random T5 (default: 512; XXL has 4096)")
+    add("--text-layers", type=int, metavar="N", help="of the random T5 (default: 8; XXL has 24)")
+    add("--config", help="of the case train (default: pixart:openmoji)")
+    add("--source", help="model of the case load (default: random weights of the preset)")
+    add("--programs", nargs="*", default=[], metavar="NAME", help="those to run, such as ours ours-compiled diffusers")
+    add("--no-memory", action="store_true", help="do not measure peak memory")
+    add("--return-memory", action="store_true", help="return freed memory to the system, as other programs do")
+    add("--json", metavar="FILE", help="write all results")
+    add("--compare", metavar="FILE", help="print what changed since the results in a file of --json")
+    add("--profile", metavar="FOLDER", help="write a trace and the slowest kernels instead")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import os
+
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # so that a first call includes compilation
+    from pixart.benchmark.measure import Settings
+    from pixart.benchmark.run import run
+
+    a = arguments
     height, width = cli.read_size(a.size)
+    names = ("preset", "tokens", "dtype", "device", "rounds", "text_width", "text_layers", "config", "source")
     settings = Settings(
-        preset=a.preset, height=height, width=width, batch=cli.read_batch(a.batch), tokens=a.tokens, dtype=a.dtype,
-        device=a.device, rounds=a.rounds, text_width=a.text_width, text_layers=a.text_layers, config=a.config,
-        source=a.source, programs=tuple(a.programs), memory=not a.no_memory, keep_memory=not a.return_memory,
-    )  # fmt: skip
+        height=height,
+        width=width,
+        batch=cli.read_batch(a.batch),
+        programs=tuple(a.programs),
+        memory=not a.no_memory,
+        keep_memory=not a.return_memory,
+        **{name: value for name in names if (value := getattr(a, name)) is not None},
+    )
     print(run(a.cases, settings, json=a.json, compare_with=a.compare, profile_into=a.profile))

@@ -1,64 +1,139 @@
-"""Draw images: python scripts/sample.py --model MODEL "a cat" "a dog --ar 3:4" "a house --hw 768:1024" …
+"""Draw images from prompts.
 
-Each is written as it is drawn. The same command goes on after a kill: what is there, by the same model and settings, is
-not drawn again, and nothing is written over. Any number of processes may share the work: by torchrun, as a Slurm job or
-array, or by --rank I --ranks N.
+Each image is written as soon as it is drawn. If the work was interrupted, the same command resumes it: images that the
+same model drew with the same settings are not drawn again, and no file is overwritten. Any number of processes share
+the work under torchrun, as a Slurm job or array, or with --rank I --ranks N.
+
+examples:
+    pixart sample --model runs/openmoji "a red apple" "a dog face"
+    pixart sample --model MODEL "a cat --ar 3:4" "a house --hw 768:1024" --count 4 --set steps=30 guidance=6
+    pixart sample --model MODEL "a winter evening" --image photo.png --strength 0.5
+    pixart sample --model MODEL "a fox in my style" --lora style.safetensors:0.8 --lora runs/subject
+    pixart sample --model MODEL "a fox" "a dog" --lora style.safetensors --strengths 0 0.5 1
+    torchrun --nproc-per-node 8 -m pixart sample --model MODEL --prompt-file prompts.txt --out drawn
 """
 
 import argparse
 
-import torch
+from pixart import cli
 
-from pixart import Pipeline, Request, cli, use_onednn
-from pixart.config import override
-from pixart.inference.generate import save_samples
-from pixart.model import PixArtConfig
+KEEPS_MEMORY = True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="one image each (times --count); may end in --ar h:w or --hw h:w")
-    parser.add_argument("--model", required=True, help="run or model folder; released model: file, folder or Hub id")
-    for name, what in (("--prompt-file", "one prompt a line"), ("--negative", "negative prompt"), ("--vae", "another"),
-                       ("--text-encoder", "another"), ("--revision", "of a Hub id"),
-                       ("--image", "to start from in place of noise"),
-                       ("--mask", "as large as the image: drawn anew where it is white, else kept")):  # fmt: skip
-        parser.add_argument(name, help=what)
-    parser.add_argument(
-        "--strength", type=float, help="share of the steps that are done; by default 0.6, with a mask 1"
-    )
-    parser.add_argument("--null", choices=["buffer", "empty", "empty_own_mask"], help="another null caption")
-    parser.add_argument("--out", default="samples", help="folder for the PNGs and the contact sheet")
-    parser.add_argument("--device", default=str(cli.find_device()))
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--quantize-text", choices=["8bit", "4bit"], help="hold the text encoder so (CUDA)")
-    for name, default, what in (
-        ("--seed", 0, "of a prompt's first image; the next has the next"), ("--count", 1, "images of each prompt"),
-        ("--height", None, "pixels"), ("--width", None, "by default the model's native size"),
-        ("--batch-size", 16, "images at a time; changes no image"),
-        ("--rank", None, "this process's share, from 0; by default from its environment"),
-        ("--ranks", None, "number of processes")):  # fmt: skip
-        parser.add_argument(name, type=int, default=default, help=what)
-    parser.add_argument("--sizes", default="exact", choices=["exact", "official"], help="official: resize and crop")
-    parser.add_argument("--extension", action="append", default=[], metavar="FILE", help=cli.EXTENSION)
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="as sampler=ddim steps=50 guidance=3")
-    for name, what in (("--raw", "a run's raw weights"), ("--truncate", "cut prompts too long"), ("--low-memory",
-                       "text encoder off the GPU, VAE in tiles"), ("--compile", "pays on a GPU")):  # fmt: skip
-        parser.add_argument(name, action="store_true", help=what)
-    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help=cli.NO_ONEDNN)
-    a = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="may end in --ar H:W (ratio) or --hw H:W (pixels), inside quotes")
+    add("--model", required=True, help="run or model folder; released model: file, folder or Hub id")
+    add("--prompt-file", metavar="FILE", help="one prompt a line")
+    add("--out", default="samples", metavar="FOLDER", help="for the PNGs and the contact sheet (default: samples)")
+    add("--count", type=int, default=1, metavar="N", help="images of each prompt (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of a prompt's first image, then one more each (default: 0)")
+    cli.add_settings(parser, "sampler=ddim steps=50 guidance=3")
+    add("--negative", metavar="PROMPT", help="negative prompt")
+    add("--null", choices=["buffer", "empty", "empty_own_mask"], help="another null caption than the model's")
+    add("--truncate", action="store_true", help="cut prompts that are too long")
+    add("--height", type=int, metavar="N", help="pixels (default: the model's native size)")
+    add("--width", type=int, metavar="N", help="pixels")
+    add("--sizes", default="exact", choices=["exact", "official"], help="official: draw an official size, then crop")
+    add("--image", metavar="FILE", help="start from this image instead of noise")
+    add("--mask", metavar="FILE", help="of the image's size: white is drawn again, black is kept")
+    add("--strength", type=float, metavar="X", help="share of the steps to do (default: 0.6, with a mask 1)")
+    cli.add_lora(parser, "add an adapter, with strength X; may be repeated")
+    add("--strengths", type=float, nargs="+", metavar="X", help="only a sheet: prompts × these factors of --lora")
+    add("--vae", help="another one: folder, file or Hub id")
+    add("--text-encoder", help="another one: folder or Hub id")
+    add("--revision", help="of a Hub repository")
+    add("--raw", action="store_true", help="a run's raw weights instead of the averaged ones")
+    add("--device", help="default: a GPU if there is one")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="(default: float32)")
+    add("--batch-size", type=int, default=16, metavar="N", help="images at a time; changes no image (default: 16)")
+    add("--low-memory", action="store_true", help="move the text encoder off the GPU when idle; decode in tiles")
+    add("--quantize-text", choices=["8bit", "4bit"], help="load the text encoder quantized (CUDA)")
+    add("--compile", action="store_true", help="compile the network; pays on a GPU")
+    cli.add_share(parser)
+    cli.add_extension(parser)
+    cli.add_no_onednn(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from pixart import Request, use_onednn
+    from pixart.config import override
+    from pixart.inference.generate import save_samples
+    from pixart.model import PixArtConfig
+
+    a = arguments
     prompts = a.prompts + (cli.read_prompts(a.prompt_file) if a.prompt_file else [])
     rank, ranks = cli.find_rank(a.rank, a.ranks)
-    Request("", image=a.image, strength=a.strength, mask=a.mask)  # refuses what cannot be before anything is loaded
-    told, settings = cli.split_settings(a.set, PixArtConfig.__dataclass_fields__)
-    pipeline = Pipeline.from_pretrained(
-        a.model, text_encoder=a.text_encoder, vae=a.vae, ema=not a.raw, dtype=getattr(torch, a.dtype), device=a.device,
-        revision=a.revision, overrides=told, quantize_text=a.quantize_text, save_memory=a.low_memory, compile=a.compile,
-        offload_text=a.low_memory and not a.quantize_text, extensions=a.extension)  # fmt: skip
+    Request("", image=a.image, strength=a.strength, mask=a.mask)  # refuses bad combinations before anything is loaded
+    of_network, settings = cli.split_settings(a.set, PixArtConfig.__dataclass_fields__)
+    pipeline = _load(a, of_network)
+    for words in a.lora:
+        source, strength = cli.split_strength(words)
+        pipeline.load_lora(source, strength=strength)
     if a.onednn:
         use_onednn(pipeline.model)
+    if a.strengths:
+        _save_sheet(a, pipeline, prompts, override(pipeline.card.sample, settings))
+        return
     save_samples(
-        pipeline, prompts, a.out, override(pipeline.card.sample, settings), seed=a.seed, count=a.count, progress=True,
-        height=a.height, width=a.width, sizes=a.sizes, negative_prompt=a.negative, null=a.null, truncate=a.truncate,
-        batch_size=a.batch_size, image=a.image, strength=a.strength, mask=a.mask, rank=rank, ranks=ranks,
-        say=print)  # fmt: skip
+        pipeline,
+        prompts,
+        a.out,
+        override(pipeline.card.sample, settings),
+        seed=a.seed,
+        count=a.count,
+        progress=True,
+        height=a.height,
+        width=a.width,
+        sizes=a.sizes,
+        negative_prompt=a.negative,
+        null=a.null,
+        truncate=a.truncate,
+        batch_size=a.batch_size,
+        image=a.image,
+        strength=a.strength,
+        mask=a.mask,
+        rank=rank,
+        ranks=ranks,
+        say=print,
+    )
+
+
+def _save_sheet(a: argparse.Namespace, pipeline, prompts: list[str], config) -> None:
+    from pathlib import Path
+
+    from pixart.errors import InputError
+    from pixart.files import write_png
+    from pixart.inference.strengths import strength_sheet
+
+    path = Path(a.out) / "strengths.png"
+    if path.exists():
+        raise InputError(f"{path} is already there; remove it, or name another folder with --out")
+    options = {"height": a.height, "width": a.width, "sizes": a.sizes, "null": a.null, "truncate": a.truncate}
+    options |= {"negative_prompts": a.negative, "batch_size": a.batch_size, "config": config}
+    sheet = strength_sheet(pipeline, prompts, a.strengths, a.seed, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(path, sheet)
+    print(path)
+
+
+def _load(a: argparse.Namespace, of_network: dict):
+    import torch
+
+    from pixart import Pipeline
+
+    return Pipeline.from_pretrained(
+        a.model,
+        text_encoder=a.text_encoder,
+        vae=a.vae,
+        ema=not a.raw,
+        dtype=getattr(torch, a.dtype),
+        device=cli.name_device(a.device),
+        revision=a.revision,
+        overrides=of_network,
+        quantize_text=a.quantize_text,
+        save_memory=a.low_memory,
+        compile=a.compile,
+        offload_text=a.low_memory and not a.quantize_text,
+        extensions=a.extension,
+    )

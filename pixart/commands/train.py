@@ -1,24 +1,35 @@
-"""Train as a config says: python scripts/train.py CONFIG [key=value …]. Several processes: torchrun, accelerate launch.
+"""Train a model as a configuration says.
 
-Exit code 75: a signal ended the run early, all is saved, and the same command goes on.
+CONFIG is a YAML file, or the name of a configuration that comes with pixart (`pixart configs` lists them). If the run
+was interrupted, the same command resumes it. Exit code 75: a signal ended the run early; everything is saved.
+
+examples:
+    pixart train openmoji
+    pixart train mine.yaml train.steps=2000 output=runs/longer
+    torchrun --nproc-per-node 8 -m pixart train mine.yaml
+    accelerate launch -m pixart train mine.yaml
 """
 
 import argparse
 
 from pixart import cli
-from pixart.config import load_config
-from pixart.train.config import TrainConfig
-from pixart.train.finish import finish
-from pixart.train.loop import train
-from pixart.train.signals import REQUEUE
+
+KEEPS_MEMORY = True
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as train.steps=100")
-    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help=cli.NO_ONEDNN)
-    arguments = parser.parse_intermixed_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or name as in: pixart configs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    cli.add_no_onednn(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from pixart.config import load_config
+    from pixart.train.config import TrainConfig
+    from pixart.train.finish import finish
+    from pixart.train.loop import train
+    from pixart.train.signals import REQUEUE
+
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     result = train(config, onednn=arguments.onednn)
     if not result.finished:

@@ -1,4 +1,4 @@
-"""Images and captions → batches whose content and order depend on (seed, epoch, sample id) alone.
+"""Images and captions → batches whose content and order depend only on (seed, epoch, sample id).
 
 Nothing of the network, of features or of training may enter it.
 """

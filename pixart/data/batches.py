@@ -12,24 +12,24 @@ from torch.utils.data import Sampler
 from pixart.errors import InputError
 from pixart.seeds import derive_seed
 
-Key = tuple[int, int]  # (pass over the sample's set, in which all its random numbers differ; index of the sample)
+Key = tuple[int, int]  # (epoch of the sample's set, with new random numbers in each; index of the sample)
 
 
 class BucketBatches(Sampler[list[Key]]):
     """Batches of one bucket each, for one of several equal ranks.
 
-    A global batch is `global_batch` samples of a bucket; it is cut into `ranks × accumulation` equal parts, and the
-    part of micro-step m goes to rank r in the order (m, r). So the samples of an optimizer step depend neither on the
-    number of ranks nor on accumulation, and at every micro-step all ranks have batches of one size and shape.
+    A global batch is `global_batch` samples of one bucket. It is split into `ranks × accumulation` equal parts, which
+    are assigned to (micro-step m, rank r) in this order. So the samples of an optimizer step depend neither on the
+    number of ranks nor on accumulation, and at every micro-step all ranks have batches of the same size and shape.
 
-    Samples may come from several sets (image folders, feature stores), each with a number of `repeats`: what an epoch
-    shows of it, in passes. Each set has an endless stream of passes, every one a new order of all its samples; an epoch
-    takes the stream's next repeats × size samples, bucket by bucket. So 1 shows each sample once an epoch, 0.25 each
-    once in four, 3 each three times under other noise.
+    Samples may come from several sets (image folders, feature stores), each with a number of `repeats` per epoch. Each
+    set is an endless stream of its own epochs, each a new random order of all its samples; an epoch of the run takes
+    the stream's next repeats × size samples, bucket by bucket. So with 1 an epoch shows each sample once, with 0.25
+    each once in four epochs, with 3 each three times with different noise.
 
-    `position` is the number of global batches taken since the run began: all there is to save and to resume.
+    `position` is the number of global batches taken since the run started; nothing else needs to be saved to resume.
 
-    In memory: 12 bytes a sample (its number and its place in the epoch), besides `buckets` itself.
+    Memory: 12 bytes per sample (its index and its position in the epoch), besides `buckets` itself.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class BucketBatches(Sampler[list[Key]]):
     ):
         """
         Args:
-            buckets: the bucket's number of every sample, set after set.
-            sets: (number of samples, repeats) of every set; by default one set, shown once an epoch.
-            leftovers: what happens to a bucket's last samples that do not fill a global batch: "drop" leaves them out
-                of this epoch (other ones the next, since the order differs; but all of a bucket that has fewer than a
-                batch, always), "fill" completes the batch from the next epochs' orders.
+            buckets: the bucket number of every sample, one set after the other.
+            sets: (number of samples, repeats) of every set; by default one set, shown once per epoch.
+            leftovers: what happens to a bucket's last samples, which do not fill a global batch: "drop" leaves them out
+                of this epoch (different ones in each epoch, since the order differs; a bucket smaller than a batch is
+                never used), "fill" completes the batch with samples from the next epochs.
         """
         parts = ranks * accumulation
         if global_batch < 1 or global_batch % parts:
@@ -74,12 +74,12 @@ class BucketBatches(Sampler[list[Key]]):
                 found = np.flatnonzero(buckets[first : first + count] == number) + first
                 self.members[number].append(torch.from_numpy(found.astype(np.int32)))
                 first += count
-        self.sizes = {number: sum(self._shares(number)) for number in self.members}  # samples an epoch
+        self.sizes = {number: sum(self._shares(number)) for number in self.members}  # samples per epoch
         self.per_epoch = sum(self._batches_of(size) for size in self.sizes.values())
         self._plan: tuple[int, list[tuple[int, Tensor]], Tensor] | None = None
         if not self.per_epoch:
             raise InputError(
-                f"no bucket has the {global_batch} images of one batch (the fullest has "
+                f"no bucket has the {global_batch} images of one batch (the largest has "
                 f"{max(self.sizes.values(), default=0)}); "
                 "lower batch_size, set leftovers to fill, or use square crops"
             )
@@ -98,10 +98,10 @@ class BucketBatches(Sampler[list[Key]]):
     def batch(self, epoch: int, index: int) -> list[Key]:
         """Global batch `index` of an epoch."""
         if self._plan is None or self._plan[0] != epoch:
-            self._plan = None  # frees the last epoch's before this one is made
+            self._plan = None  # free the previous epoch's plan before making this one
             self._plan = (epoch, *self._make_plan(epoch))
-        _, orders, turns = self._plan
-        number = int(turns[index])
+        _, orders, sequence = self._plan
+        number = int(sequence[index])
         for batches, order in orders:
             if number < batches:
                 keys = order[number * self.global_batch : (number + 1) * self.global_batch].tolist()
@@ -110,7 +110,7 @@ class BucketBatches(Sampler[list[Key]]):
         raise IndexError(index)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """This rank's micro-batches from `position` on, without end."""
+        """This rank's micro-batches from `position` on, endlessly."""
         size = self.global_batch // (self.ranks * self.accumulation)
         epoch, start = divmod(self.position, self.per_epoch)
         while True:
@@ -122,7 +122,8 @@ class BucketBatches(Sampler[list[Key]]):
             epoch, start = epoch + 1, 0
 
     def _make_plan(self, epoch: int) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """(number of batches, samples in order as pass × samples + index) of every bucket, and the batches' turns."""
+        """For every bucket, (number of batches, samples in order, as set epoch × samples + index); and the random
+        order of all batches."""
         orders = []
         for number in self.members:
             order, batches, later = self._order(number, epoch), self._batches_of(self.sizes[number]), epoch
@@ -134,24 +135,24 @@ class BucketBatches(Sampler[list[Key]]):
         return orders, torch.randperm(self.per_epoch, generator=generator)
 
     def _order(self, number: int, epoch: int) -> Tensor:
-        """What an epoch shows of a bucket: each set's share, mixed."""
+        """The samples of a bucket that an epoch shows: each set's share, shuffled together."""
         shares = self._shares(number)
-        parts = [
-            self._stream(number, which, epoch * share, share) for which, share in enumerate(shares) if share
-        ] or [torch.empty(0, dtype=torch.int64)]  # fmt: skip
+        parts = [self._stream(number, which, epoch * share, share) for which, share in enumerate(shares) if share] or [
+            torch.empty(0, dtype=torch.int64)
+        ]
         if len(parts) == 1:
             return parts[0]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "mix", number))
         return torch.cat(parts)[torch.randperm(sum(shares), generator=generator)]
 
     def _stream(self, number: int, which: int, start: int, count: int) -> Tensor:
-        """`count` samples from `start` on of a set's endless passes over one bucket."""
+        """`count` samples, from `start` on, of a set's endless stream of epochs over one bucket."""
         samples, parts = self.members[number][which], []
-        for turn in range(start // len(samples), -(-(start + count) // len(samples))):
+        for set_epoch in range(start // len(samples), -(-(start + count) // len(samples))):
             name = (number,) if which == 0 else (number, which)
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, turn, "bucket", *name))
-            order = samples[torch.randperm(len(samples), generator=generator)].long() + turn * self.samples
-            begin = turn * len(samples)
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, set_epoch, "bucket", *name))
+            order = samples[torch.randperm(len(samples), generator=generator)].long() + set_epoch * self.samples
+            begin = set_epoch * len(samples)
             parts.append(order[max(start - begin, 0) : start + count - begin])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

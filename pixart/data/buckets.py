@@ -1,4 +1,4 @@
-"""The one table of picture sizes for many aspect ratios (the authors' 40 sizes of about 1024² pixels)."""
+"""The table of image sizes for different aspect ratios (the authors' 40 sizes of about 1024² pixels)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SIZES_1024: dict[float, tuple[int, int]] = {
     2.09: (1472, 704), 2.4: (1536, 640), 2.5: (1600, 640), 2.89: (1664, 576), 3.0: (1728, 576),
     3.11: (1792, 576), 3.62: (1856, 512), 3.75: (1920, 512), 3.88: (1984, 512), 4.0: (2048, 512),
 }  # fmt: skip
-# PixArt-α samples from these only; Σ from all
+# PixArt-α samples only from these; PixArt-Σ from all
 SAMPLING_RATIOS_ALPHA: tuple[float, ...] = tuple(
     ratio for ratio in SIZES_1024 if ratio not in (0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88)
 )
@@ -24,7 +24,7 @@ SAMPLING_RATIOS_ALPHA: tuple[float, ...] = tuple(
 
 @dataclass(frozen=True)
 class Bucket:
-    """One size of picture; `ratio` is the table's rounded key, which training feeds as the aspect ratio."""
+    """An image size; `ratio` is the table's rounded key, which the network gets as the aspect ratio."""
 
     ratio: float
     height: int
@@ -36,12 +36,12 @@ def bucket_table(resolution: int, multiple: int, *, square: bool = False) -> lis
 
     Args:
         resolution: side in pixels of the square bucket.
-        multiple: what heights and widths must be multiples of: patch size × the autoencoder's downsampling.
-        square: only the square one.
+        multiple: heights and widths are multiples of this: patch size × the autoencoder's downsampling.
+        square: return only the square bucket.
 
     Raises:
-        InputError: the square does not fit `multiple`. Other sizes are rounded to it, which the official resolutions
-            never need; of those that become one, the ratio nearest to the rounded size's own stays.
+        InputError: `resolution` is not a multiple of `multiple`. The other sizes are rounded to multiples, which the
+            official resolutions never need; if several round to the same size, the one with the closest ratio is kept.
     """
     if resolution <= 0 or resolution % multiple:
         raise InputError(f"resolution {resolution} is not a multiple of {multiple}, the pixels of one token")
@@ -60,16 +60,16 @@ def bucket_table(resolution: int, multiple: int, *, square: bool = False) -> lis
 
 
 def own_buckets(sizes: Sequence[tuple[int, int]], multiple: int) -> list[Bucket]:
-    """A table of one's own, (height, width) in pixels; ratios are rounded as the authors round theirs.
+    """A user's own table of (height, width) in pixels; ratios are rounded as in the authors' table.
 
     Raises:
-        InputError: a size does not fit `multiple`, or two have one rounded ratio: pictures go to the nearest ratio, so
-            the second would stay empty.
+        InputError: a size is not a multiple of `multiple`, or two sizes have the same rounded ratio: images go to the
+            nearest ratio, so one of them would stay empty.
     """
     table: dict[float, Bucket] = {}
     for height, width in sizes:
         if min(height, width) <= 0 or height % multiple or width % multiple:
-            raise InputError(f"buckets: {height}×{width} is not of multiples of {multiple}, the pixels of one token")
+            raise InputError(f"buckets: {height}×{width} are not multiples of {multiple}, the pixels of one token")
         bucket = Bucket(round(height / width, 2), height, width)
         if other := table.get(bucket.ratio):
             raise InputError(

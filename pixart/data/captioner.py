@@ -1,6 +1,6 @@
-"""Captions for the pictures of any source, by any image-text-to-text model of transformers.
+"""Captions for the images of any source, by any image-text-to-text model of transformers.
 
-Any number of processes, each with its share and a file of its own; a kill loses at most the batch in hand.
+Any number of processes can share the work, each writing its own file; a kill loses at most the current batch.
 """
 
 import json
@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from pixart.data.caption_files import find_parts, part_name, read_rows
 from pixart.data.config import DataConfig
-from pixart.data.images import UNREADABLE, Picture, open_image, to_rgb
+from pixart.data.decoding import Picture, UnreadableImage, open_image
+from pixart.data.images import to_rgb
 from pixart.data.items import Fields, Item
 from pixart.data.sources import read_items
 from pixart.errors import InputError
@@ -25,7 +26,7 @@ from pixart.files import append_rows, mend_lines, write_json
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """What the captions depend on; stored beside them, so that none of another kind are mixed in."""
+    """The settings that captions depend on; stored beside them, so that captions made with others are not mixed in."""
 
     model: str = "llava-hf/llava-1.5-7b-hf"
     prompt: str = "Describe this image and its style in a very detailed manner"  # PixArt-α, arXiv 2310.00426
@@ -42,7 +43,7 @@ class CaptionConfig:
 
 @dataclass
 class CaptionReport:
-    """What one process did; `problems` are (id, reason)."""
+    """The result of one process; `problems` are (id, reason)."""
 
     output: Path
     written: int = 0
@@ -50,7 +51,7 @@ class CaptionReport:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def describe(self) -> str:
-        lines = [f"{self.output}: {self.written} captions written, {self.done_before} were there"]
+        lines = [f"{self.output}: {self.written} captions written, {self.done_before} already there"]
         lines += [f"  {name}: {reason}" for name, reason in self.problems[:20]]
         if len(self.problems) > 20:
             lines.append(f"  … and {len(self.problems) - 20} more")
@@ -58,11 +59,11 @@ class CaptionReport:
 
 
 class Captioner:
-    """A vision-language model and its processor. Decodes greedily, so that a picture has one caption."""
+    """A vision-language model and its processor. Decoding is greedy, so that captions are reproducible."""
 
     def __init__(self, processor, model: torch.nn.Module, config: CaptionConfig):
         self.processor, self.model, self.config = processor, model.eval().requires_grad_(False), config
-        processor.tokenizer.padding_side = "left"  # what is generated follows the last token
+        processor.tokenizer.padding_side = "left"  # generation continues after the last token
         self.text = self._make_prompt()
 
     @classmethod
@@ -70,13 +71,16 @@ class Captioner:
         """Load `config.model`, a folder or Hub id.
 
         Raises:
-            InputError: it is not there, no image-text-to-text model, or nothing tells where its prompt has the image.
+            InputError: it is missing, is not an image-text-to-text model, or does not define where the image belongs in
+                its prompt.
         """
         import transformers
 
         try:
-            processor = transformers.AutoProcessor.from_pretrained(config.model)
-            model = transformers.AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype)
+            processor = transformers.AutoProcessor.from_pretrained(config.model, trust_remote_code=False)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                config.model, dtype=dtype, trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError, KeyError) as error:
             first = str(error).strip().partition("\n")[0]
             raise InputError(
@@ -84,21 +88,26 @@ class Captioner:
                 "image-text-to-text model of transformers"
             ) from error
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise InputError(f"captioning model '{config.model}': its processor is not one of images and text")
+            raise InputError(f"captioning model '{config.model}': its processor does not take both images and text")
         return cls(processor, model.to(device), config)
 
     def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """One text for each RGB picture."""
+        """One text per RGB image."""
         options = {}
         bos = self.processor.tokenizer.bos_token
-        if bos and self.text.startswith(bos):  # chat templates have it, and the tokenizer would add another
+        if bos and self.text.startswith(bos):  # chat templates include it; the tokenizer would add a second
             options["add_special_tokens"] = False
         inputs = self.processor(
-            text=[self.text] * len(images), images=[[image] for image in images], padding=True, return_tensors="pt",
+            text=[self.text] * len(images),
+            images=[[image] for image in images],
+            padding=True,
+            return_tensors="pt",
             **options,
-        ).to(self.model.device, self.model.dtype)  # fmt: skip
+        ).to(self.model.device, self.model.dtype)
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*do_sample.*")  # a model's own settings for sampling
+            warnings.filterwarnings(
+                "ignore", message=".*do_sample.*"
+            )  # warnings about the model's own sampling settings
             tokens = self.model.generate(
                 **inputs, do_sample=False, num_beams=1, max_new_tokens=self.config.max_new_tokens
             )
@@ -106,7 +115,7 @@ class Captioner:
         return [" ".join(text.split()) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
     def _make_prompt(self) -> str:
-        """The model's own chat format where it has one, else its image token before the prompt."""
+        """The prompt in the model's own chat format if it has one, else the prompt after its image token."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": self.config.prompt}]
             return self.processor.apply_chat_template(
@@ -116,7 +125,7 @@ class Captioner:
         if not isinstance(token, str):
             raise InputError(
                 f"captioning model '{self.config.model}': its processor has no chat template and no image_token, so "
-                "nothing tells where its prompt has the image; expected a model with one of them"
+                "it is unknown where the image belongs in its prompt; expected a model with one of them"
             )
         return f"{token}\n{self.config.prompt}"
 
@@ -132,20 +141,21 @@ def write_captions(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> CaptionReport:
-    """Caption this process's share of the pictures that have none yet; each batch is on the disk before the next.
+    """Caption this process's share of the images that have no caption yet; each batch is on the disk before the next.
 
     Args:
-        output: a .jsonl file; of several processes each writes `NAME-RANK-of-RANKS.jsonl` beside it, and the name
-            stands for all. A second start goes on, also on another number of processes.
+        output: a .jsonl file; with several processes, each writes `NAME-RANK-of-RANKS.jsonl` in its place, and the name
+            stands for all of them. A second start resumes, also with another number of processes.
 
     Raises:
-        InputError: no picture; two pictures with one id; `output` holds captions of another kind, or is in use.
+        InputError: there are no images; two images have the same id; `output` holds captions made with other settings,
+            or is in use.
     """
     output = Path(output)
     if output.suffix != ".jsonl" or batch_size < 1 or not 0 <= rank < ranks:
         raise InputError(
-            f"captions: got the file {output}, batches of {batch_size}, process {rank} of {ranks}; expected a .jsonl, "
-            "at least 1, and a process from 0 on below their number"
+            f"captions: got the file {output}, batch size {batch_size}, rank {rank} of {ranks}; expected a .jsonl "
+            "file, a batch size of at least 1, and a rank from 0 to ranks - 1"
         )
     items = _list_items(sources)[rank::ranks]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +181,9 @@ def write_captions(
                 texts = captioner.caption([image for _, image in good]) if good else []
                 rows = [{"id": id, config.field: text} for (id, _), text in zip(good, texts, strict=True)]
                 append_rows(report.output, rows, durable=True)
-                report.problems += [(row["id"], "the model said nothing") for row in rows if not row[config.field]]
+                report.problems += [
+                    (row["id"], "the model returned an empty text") for row in rows if not row[config.field]
+                ]
                 report.written += len(texts)
                 bar.update(len(batch))
     return report
@@ -183,7 +195,9 @@ def _list_items(sources: Sequence[DataConfig]) -> list[Item]:
         found = sorted(read_items(source, Fields(()))[1], key=lambda item: item.id)
         for item in found:
             if item.id in items and item.picture is not None:
-                raise InputError(f"{source.folder}: '{item.id}' is in another source too; caption them into two files")
+                raise InputError(
+                    f"{source.folder}: '{item.id}' is in another source, too; caption the sources into two files"
+                )
             items.setdefault(item.id, item)
     if not items:
         raise InputError(f"no images in {', '.join(source.folder for source in sources)}")
@@ -200,22 +214,22 @@ def _check_settings(path: Path, config: CaptionConfig) -> None:
         raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     for name, (old, new) in settings.items():
         raise InputError(
-            f"{path}: the captions there are of {name} {old!r}, asked for is {new!r}; write them into another file"
+            f"{path}: the captions there were made with {name} {old!r}, not {new!r}; write to another file"
         )
 
 
 def _lock(file) -> None:
-    """Two processes into one file would write every caption twice."""
+    """Lock the file, since two processes writing it would write every caption twice."""
     import fcntl
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{file.name}: another process is writing it; give each a --rank of its own") from None
+        raise InputError(f"{file.name}: another process is writing it; give each process its own --rank") from None
 
 
 def _load_ahead(items: Sequence[Item], batch_size: int) -> Iterator[tuple[Sequence[Item], list[Image.Image | str]]]:
-    """Batches and their RGB pictures, or why one cannot be read; the next is read while the model is at work."""
+    """Batches and their RGB images, or why one cannot be read; the next batch is read while the model is running."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         ahead = [pool.submit(_load, item.picture) for item in batches[0]]
@@ -229,5 +243,5 @@ def _load(picture: Picture) -> Image.Image | str:
     try:
         with open_image(picture) as image:
             return to_rgb(ImageOps.exif_transpose(image))
-    except UNREADABLE as error:
+    except UnreadableImage as error:
         return f"unreadable: {error}"

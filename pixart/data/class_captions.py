@@ -1,4 +1,4 @@
-"""Captions from class folders, as ImageNet has them: the class's names become every picture's captions."""
+"""Captions from class folders, as in ImageNet: the names of a class become the captions of each of its images."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from pixart.files import to_json, write_file
 
 
 def write_class_captions(folder: str | Path, names: str | Path) -> tuple[int, int]:
-    """Write `folder`/metadata.jsonl for pictures in one folder per class → number of pictures, and of classes.
+    """Write `folder`/metadata.jsonl for images in one folder per class → number of images, number of classes.
 
     Args:
-        names: a text file with a line per class: the folder's name, then the class's names between commas, as in
-            ImageNet's LOC_synset_mapping.txt ("n01440764 tench, Tinca tinca"). They are captions in turn.
+        names: a text file with a line per class: the folder's name, then the class's names separated by commas, as in
+            ImageNet's LOC_synset_mapping.txt ("n01440764 tench, Tinca tinca"). Each name is one caption.
 
     Raises:
-        InputError: no such folder or file; a folder without a line, named; metadata.jsonl is there already.
+        InputError: there is no such folder or file; a folder has no line; metadata.jsonl already exists.
     """
     folder, names = Path(folder), Path(names)
     if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder; expected one folder per class in it")
+        raise InputError(f"{folder}: there is no such folder; expected a folder with one folder per class")
     target = folder / "metadata.jsonl"
     if target.exists():
-        raise InputError(f"{target} is already there; remove it to write it anew")
+        raise InputError(f"{target} already exists; remove it to write it again")
     captions = _read_names(names)
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     if unknown := [path.name for path in classes if path.name not in captions]:
@@ -39,7 +39,7 @@ def write_class_captions(folder: str | Path, names: str | Path) -> tuple[int, in
                         file.write(to_json(row) + "\n")
                         count += 1
         if not count:
-            raise InputError(f"{folder}: no pictures in class folders")
+            raise InputError(f"{folder}: no images in class folders")
 
     write_file(target, write)
     return count, len(classes)
@@ -57,6 +57,6 @@ def _read_names(path: Path) -> dict[str, list[str]]:
         folder, _, rest = line.strip().partition(" ")
         texts = [text.strip() for text in rest.split(",") if text.strip()]
         if not texts or folder in captions:
-            raise InputError(f"{path}:{number}: expected a folder not named before and its names, got '{line[:60]}'")
+            raise InputError(f"{path}:{number}: expected a new folder name, then the class's names, got '{line[:60]}'")
         captions[folder] = texts
     return captions

@@ -1,4 +1,4 @@
-"""Samples that the caller of `train` brings, in place of a folder's images or a feature store."""
+"""Samples passed to `train` from Python, in place of a folder of images or a feature store."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -24,44 +24,53 @@ from pixart.errors import InputError, did_you_mean
 from pixart.seeds import derive_seed
 
 Array = Tensor | np.ndarray
-# settings that hold for samples of the caller too; all others say how a folder or a store is read
+# settings that also apply to samples passed from Python; all others say how a folder or a store is read
 SETTINGS = {
-    "resolution", "validation", "split_seed", "draws", "conditions", "targets", "posterior", "leftovers", "workers",
+    "resolution",
+    "validation",
+    "split_seed",
+    "draws",
+    "conditions",
+    "targets",
+    "posterior",
+    "leftovers",
+    "workers",
     "text_dtype",
-}  # fmt: skip
+}
 
 
 class TrainingSample(TypedDict, total=False):
-    """A sample: `latents` or `pixels`, and `caption`, must be there.
+    """A sample. Either `latents` or `pixels`, and `caption`, are required.
 
-    What else is missing is drawn from (seed, epoch, id, name), so that it repeats and depends on nothing else.
+    Other random entries, if missing, are drawn from (seed, epoch, id, name), so that they are reproducible and
+    independent of everything else.
     """
 
-    latents: Array  # (C, h, w) scaled, as `Autoencoder.encode` gives them, C as model.in_channels
+    latents: Array  # (C, h, w) scaled, as `Autoencoder.encode` returns them, C = model.in_channels
     pixels: Array  # (3, H, W) floating, in [-1, 1]; the autoencoder of the config encodes them at each step
     caption: Array  # (L, caption_channels) states of its tokens without padding, L from 1 to text.length
-    id: str  # by which its numbers are drawn, and which messages name; by default its index, as text
+    id: str  # used to draw random numbers and in messages; by default the index as text
     noise: Array  # (C, h, w) what is added to the latents; by default standard normal
-    posterior_noise: Array  # (C, h, w) with pixels: for the autoencoder's posterior; zeros take its mean
-    time: float  # in [0, 1), of which the schedule makes a time; by default uniform
-    drop: float  # in [0, 1); below train.caption_dropout the null caption is taken; by default uniform
-    size: tuple[float, float]  # the original image's height and width in pixels, for micro-conditions; as it is
-    aspect_ratio: float  # height / width, for micro-conditions; by default as it is
-    weight: float  # of its loss among the batch's; by default 1
-    problem: str | None  # why it could not be read: it counts as nothing, and is named in the log
-    conditions: Mapping[str, Array]  # further keywords of the network; those that it draws are drawn
-    targets: Mapping[str, Array]  # for the objective
-    draws: Mapping[str, Array]  # random numbers for the objective; those that it names are drawn
+    posterior_noise: Array  # (C, h, w) with pixels: noise for the autoencoder's posterior; zeros give its mean
+    time: float  # in [0, 1), which the schedule turns into a timestep; by default uniform
+    drop: float  # in [0, 1); below train.caption_dropout the null caption is used; by default uniform
+    size: tuple[float, float]  # the original image's height and width in pixels, for micro-conditions; default: as is
+    aspect_ratio: float  # height / width, for micro-conditions; default: as is
+    weight: float  # weight of its loss in the batch; by default 1
+    problem: str | None  # why it could not be read; its loss then has weight 0, and the log names it
+    conditions: Mapping[str, Array]  # further keywords of the network; random ones are drawn if missing
+    targets: Mapping[str, Array]  # arrays for the objective
+    draws: Mapping[str, Array]  # random numbers for the objective; drawn if missing
 
 
 class TrainingData(Protocol):
-    """A map-style data set of `TrainingSample`s: a list of them, or any of torch's that has a length.
+    """A map-style data set of `TrainingSample`s: a list, or any torch data set that has a length.
 
-    It may say more of itself by attributes:
-        ids: every sample's id, without reading it. A run that goes on is then compared by all of them; without, by
-            how many there are and by the first, the middle and the last.
-        buckets: a number for every sample; a batch holds samples of one number, which must have one shape.
-        by_epoch: True has it asked by (epoch, index), for augmentation that repeats; epoch is -1 in validation.
+    Optional attributes:
+        ids: the id of every sample, known without reading it. A resumed run compares all of them with those before;
+            without `ids`, it compares the number of samples and the ids of the first, middle and last one.
+        buckets: a number for every sample; a batch holds samples of one number, which must have the same shape.
+        by_epoch: if True, keys are (epoch, index), for reproducible augmentation; epoch is -1 in validation.
     """
 
     def __len__(self) -> int: ...
@@ -70,21 +79,26 @@ class TrainingData(Protocol):
 
 
 def check_settings(config: DataConfig) -> None:
-    """Refuse settings that say how a folder or a store is read, where the caller brings the samples."""
+    """Refuse settings that say how a folder or a store is read if samples are passed from Python."""
     if other := sorted(differences(config).keys() - SETTINGS):
         names = ", ".join(f"data.{name}" for name in other)
-        raise InputError(f"{names}: about reading a folder or a store, but train was given data; leave one out")
+        raise InputError(f"{names}: only for reading a folder or a store, but train was given data; leave one out")
 
 
 def load_given(spec: DataSpec, given: TrainingData, accelerator: Accelerator) -> Data:
-    """A run's data from samples of the caller; the text encoder is loaded only for prompts and null captions.
+    """A run's data from samples passed from Python; the text encoder is loaded only for prompts and null captions.
 
     Raises:
-        InputError: there is none, they do not fit the configuration, or ids or buckets are not one for each.
+        InputError: there are no samples, they do not fit the configuration, or the number of ids or buckets differs
+            from that of samples.
     """
     count = len(given)
     if not count:
         raise InputError("data: got 0 samples, expected at least one")
+    if spec.data.shuffle_captions:
+        raise InputError(
+            "data.shuffle_captions exchanges the captions of data.folder; pass samples with others instead"
+        )
     source = Source(given, spec)
     ids = _find_ids(source, count)
     buckets = np.zeros(count, np.int64) if source.buckets is None else np.asarray(source.buckets)
@@ -103,31 +117,31 @@ def load_given(spec: DataSpec, given: TrainingData, accelerator: Accelerator) ->
         captions = encode_captions(encoder, list(spec.prompts), dtype=getattr(torch, spec.data.text_dtype))
         null, weights = encode_null(encoder), fingerprint(encoder.model)
         encoder.close()
-    report = [f"data: {count} samples of the caller's", *describe_split(spec, len(train), len(held_out))]
+    report = [f"data: {count} samples passed from Python", *describe_split(spec, len(train), len(held_out))]
     prints = hash_ids([hashes[~held]]), hash_ids([hashes[held]])
     return Data(train, held_out, captions, null, [], *prints, weights, [], "\n".join(report))
 
 
 def needs_text(spec: DataSpec) -> bool:
-    """Whether samples of the caller need a text encoder beside them: for prompts to draw, or a null caption."""
+    """Whether samples passed from Python need a text encoder, too: for sampling prompts, or for a null caption."""
     return bool(spec.prompts) or spec.text.null != "buffer"
 
 
 def _find_ids(source: "Source", count: int) -> list[str]:
-    """Every sample's id, as far as it is known; the samples that are looked at show wrong ones before any work."""
+    """Every sample's id, as far as known. A few samples are read, so that malformed ones show before any work."""
     if source.ids is not None:
         if len(source.ids) != count:
             raise InputError(f"data.ids: got {len(source.ids)}, expected one for each of {count} samples")
         name, times = Counter(source.ids).most_common(1)[0]
         if times > 1:
-            raise InputError(f"data.ids: '{name}' stands {times} times; every sample needs an id of its own")
+            raise InputError(f"data.ids: '{name}' is there {times} times; every sample needs its own id")
     some = {number: source.look(number) for number in sorted({0, count // 2, count - 1})}
     return [some.get(number, str(number)) for number in range(count)] if source.ids is None else list(source.ids)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the numbers of a sample are drawn for."""
+    """What `Drawing.common` needs to know of a sample."""
 
     id: str
     height: int
@@ -136,7 +150,7 @@ class Shown:
 
 
 class Source:
-    """The caller's data set, read with every entry checked."""
+    """The data set passed from Python, read with every entry checked."""
 
     def __init__(self, given: TrainingData, spec: DataSpec):
         self.given, self.spec = given, spec
@@ -144,7 +158,7 @@ class Source:
         self.ids, self.buckets = getattr(given, "ids", None), getattr(given, "buckets", None)
 
     def read(self, epoch: int, number: int) -> tuple[dict[str, Any], str]:
-        """A sample as it comes, its arrays as tensors, and its id.
+        """A sample as given, with its arrays as tensors, and its id.
 
         Raises:
             InputError: an entry is missing, unknown, or not what `TrainingSample` says.
@@ -152,7 +166,7 @@ class Source:
         where = f"data[{number}]"
         found = self.given[epoch, number] if self.by_epoch else self.given[number]
         if not isinstance(found, Mapping):
-            raise InputError(f"{where}: got {say(found)}, expected a dict with latents or pixels, and caption")
+            raise InputError(f"{where}: got {say(found)}, expected a dict with caption and latents or pixels")
         known = TrainingSample.__annotations__
         if unknown := sorted(found.keys() - known.keys()):
             hint = did_you_mean(unknown[0], known)
@@ -174,7 +188,7 @@ class Source:
         return sample, name
 
     def look(self, number: int) -> str:
-        """Read a sample whose values are looked at, too → its id."""
+        """Read a sample and check its values, too → its id."""
         sample, name = self.read(0, number)
         if "pixels" in sample and sample["pixels"].abs().max() > 1.01:
             most = sample["pixels"].abs().max().item()
@@ -200,7 +214,7 @@ class Source:
             raise InputError(f"{where}.{name}: got shape {tuple(image.shape)}, expected ({channels}, h, w)")
         if image.shape[1] % multiple or image.shape[2] % multiple or not image.numel():
             raise InputError(
-                f"{where}.{name}: got shape {tuple(image.shape)}, expected sides of multiples of {multiple}"
+                f"{where}.{name}: got shape {tuple(image.shape)}, expected sides that are multiples of {multiple}"
             )
         for noise in ("noise", "posterior_noise"):
             shape = tuple(getattr(sample.get(noise), "shape", ()))
@@ -215,15 +229,15 @@ class Source:
         if caption.ndim != 2 or caption.shape[1] != width:
             raise InputError(f"{where}.caption: got shape {tuple(caption.shape)}, expected (L, {width})")
         if not 1 <= len(caption) <= length:
-            what = f"{len(caption)} tokens, more than text.length {length}" if len(caption) else "it has no token"
+            what = f"{len(caption)} tokens, more than text.length {length}" if len(caption) else "it has no tokens"
             raise InputError(f"{where}.caption: {what}")
 
 
 class GivenDataset(Dataset):
-    """Samples of the caller with every number drawn that they lack, by (epoch, index) keys; see `Batch`."""
+    """Samples passed from Python, with missing random numbers drawn, by (epoch, index) keys; see `Batch`."""
 
     def __init__(self, source: Source, chosen: np.ndarray, drawing: Drawing):
-        """`chosen` are the numbers of the samples that count; `drawing` is where their random numbers come from."""
+        """`chosen` are the indices of the samples to use; `drawing` draws their random numbers."""
         self.source, self.chosen, self.drawing = source, chosen, drawing
 
     def __len__(self) -> int:
@@ -254,7 +268,7 @@ class GivenDataset(Dataset):
         return draws.normal("posterior_noise", *latent)
 
     def _arrays(self, sample: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """The arrays that the configuration names, which the sample must hold under their keys."""
+        """The arrays that the configuration names; the sample must have them under their keys."""
         extras, found = self.drawing.extras, {}
         for group, wanted in (("conditions", extras.conditions), ("targets", extras.targets)):
             for key, what in wanted.items():

@@ -1,36 +1,39 @@
-"""The authors' two layouts: the JSON list of their internal data, and that of SA-1B (SAM)."""
+"""The authors' two layouts: the JSON list of their internal data, and the folders of SA-1B (SAM)."""
 
 import glob
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pixart.arguments import say
 from pixart.data.folder import from_sidecars, read_text
 from pixart.data.images import IMAGE_SUFFIXES
-from pixart.data.items import Fields, Item, inside
+from pixart.data.items import Fields, Item
 from pixart.errors import InputError
+from pixart.files import inside, parse_json
 
-LISTS = ("partition/data_info.json", "data_info.json")  # in PixArt-α's root, in Σ's
-IMAGE_ROOTS = {"InternData": "InternImgs", "InternalData": "InternalImgs"}  # the authors' folder of lists → of pictures
+LISTS = ("partition/data_info.json", "data_info.json")  # in the root of PixArt-α's data, of PixArt-Σ's
+IMAGE_ROOTS = {"InternData": "InternImgs", "InternalData": "InternalImgs"}  # the authors' list folder → image folder
 
 
 def read_official(path: Path, fields: Fields, images: str | None = None) -> Iterator[Item]:
-    """The pictures of a list of {path, prompt, ratio, height, width, …}; ids are their `path`.
+    """The images of a list of {path, prompt, ratio, height, width, …}; ids are their `path`.
 
-    Paths start at `images`; without it at the list's root (above `partition/`), or, as the authors have it, at
-    `…/InternImgs/…` beside a root `…/InternData/…`, if there is one.
+    Paths are relative to `images`. Without it, they are relative to the list's root (above `partition/`), or, as in the
+    authors' data, to a folder `…/InternImgs/…` beside a root `…/InternData/…`, if there is one.
 
     Raises:
-        InputError: no list, or it is not what it should be.
+        InputError: there is no list, or it is malformed.
     """
     file = path if path.is_file() else next((path / name for name in LISTS if (path / name).is_file()), None)
     if file is None:
-        raise InputError(f"data folder {path}: no {' or '.join(LISTS)} in it; expected one, or the list's own path")
+        raise InputError(
+            f"data folder {path}: no {' or '.join(LISTS)} in it; expected one of them, or the path of the list itself"
+        )
     root = Path(images) if images else _image_root(file)
     try:
-        rows = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        rows = parse_json(read_text(file, fields))
+    except ValueError as error:
         raise InputError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(rows, list):
         raise InputError(f"{file}: expected a list of objects with path and prompt, got a {type(rows).__name__}")
@@ -44,7 +47,7 @@ def read_official(path: Path, fields: Fields, images: str | None = None) -> Iter
             size = _size(row)
         except ValueError as error:
             raise InputError(f"{place}: {error}") from None
-        problem = "stands twice in the list; the second one is left out" if name in seen else None
+        problem = "is in the list twice; the second one is left out" if name in seen else None
         seen.add(name)
         found = fields.take(row)
         yield Item(name.as_posix(), root / name, found, place, f"no caption in {file.name}", size, problem)
@@ -62,31 +65,33 @@ def _size(row: dict[str, Any]) -> tuple[int, int] | None:
     for name in ("height", "width"):
         value = row[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or value != int(value):
-            raise ValueError(f"{name} is {value!r}, expected a number of pixels")
+            raise ValueError(f"{name} is {say(value)}, expected a number of pixels")
     return int(row["height"]), int(row["width"])
 
 
 def read_sam(path: Path, fields: Fields) -> Iterator[Item]:
-    """The pictures that `partition/*.txt` name, one a line, with `.jpg` or without; ids are their paths in `images/`.
+    """The images that `partition/*.txt` list, one per line, with `.jpg` or without; ids are their paths in `images/`.
 
     `path` is the root, or one file of the partition. Captions are `captions/NAME.txt` (the field `text`) and
     `captions/NAME.FIELD.txt`.
 
     Raises:
-        InputError: a folder of the layout is missing, or a name leads out of it.
+        InputError: a folder of the layout is missing, or a name leads outside of it.
     """
     root = path.parent.parent if path.is_file() else path
     parts = [path] if path.is_file() else sorted((root / "partition").glob("*.txt"))
     for name in ("images", "captions") if fields.wanted else ("images",):
         if not (root / name).is_dir():
-            raise InputError(f"data folder {root}: no {name}/ in it; the SAM layout has images, captions, partition")
+            raise InputError(
+                f"data folder {root}: no {name}/ in it; the SAM layout has images/, captions/ and partition/"
+            )
     if not parts:
-        raise InputError(f"data folder {root}: no partition/*.txt in it, the lists of its images")
-    # a file system of 11 M captions is asked for as few of them as will do
+        raise InputError(f"data folder {root}: no partition/*.txt in it, which list the images")
+    # with 11 M caption files, look for as few of them as possible
     wanted = fields.wanted if fields.asked else [name for name in fields.wanted if name == "text"]
     seen: set[str] = set()
     for part in parts:
-        for number, line in enumerate(read_text(part).splitlines(), 1):
+        for number, line in enumerate(read_text(part, fields).splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -97,16 +102,16 @@ def read_sam(path: Path, fields: Fields) -> Iterator[Item]:
                 name = name.with_name(name.name + _find_suffix(root / "images" / name))
             base, id = root / "captions" / name.with_suffix(""), name.as_posix()
             if id in seen:
-                yield Item(id, None, {}, id, problem="stands twice in the partition; the second one is left out")
+                yield Item(id, None, {}, id, problem="is in the partition twice; the second one is left out")
                 continue
             seen.add(id)
             yield from_sidecars(id, root / "images" / name, base, wanted, fields, "in captions/")
-    if seen and not fields.seen.issuperset(wanted):  # what there is instead, from one image
+    if seen and not fields.seen.issuperset(wanted):  # find out what fields there are instead, from one image
         for text in base.parent.glob(f"{glob.escape(base.name)}*.txt"):
             fields.seen.add(text.name[len(base.name) : -len(".txt")].removeprefix(".") or "text")
 
 
 def _find_suffix(stem: Path) -> str:
-    """Of the image with this stem; .jpg, the layout's own, if there is none."""
+    """The suffix of the image with this stem; .jpg, the layout's default, if there is none."""
     suffixes = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))
     return next((suffix for suffix in suffixes if stem.with_name(stem.name + suffix).exists()), ".jpg")

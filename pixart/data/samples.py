@@ -1,8 +1,8 @@
-"""Samples and batches for training: pixels or latents, caption states, and every random number the sample will need.
+"""Samples and batches for training: pixels or latents, caption states, and every random number that a sample needs.
 
-Every random number of a sample is a function of (seed, epoch, sample id, its own name) and drawn here, on the CPU: so a
-run does not depend on the number of processes or workers, two experiments see the same noise, and what one idea draws
-besides changes no other number.
+Every random number of a sample is a function of (seed, epoch, sample id, name of the number) and is drawn here, on the
+CPU. So a run does not depend on the number of processes or workers, two experiments see the same noise, and an
+experiment that draws additional numbers changes no others.
 """
 
 import math
@@ -15,35 +15,38 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from pixart.arguments import say
 from pixart.data.arrays import Extras, Maker
 from pixart.data.batches import Key
 from pixart.data.buckets import Bucket
-from pixart.data.images import UNREADABLE, Record, load_image
+from pixart.data.decoding import UnreadableImage
+from pixart.data.images import Record, load_record
 from pixart.errors import InputError
 from pixart.seeds import Draw, derive_seed
 
-# lengths that captions of a batch are padded to, up to the model's own: few, so that few shapes are compiled
+# lengths to which the captions of a batch are padded, up to the model's own; few, so that few shapes are compiled
 CAPTION_LENGTHS = (16, 32, 64, 128, 256)
 
 
 @dataclass
 class Batch:
-    """What a training step takes. B samples of one bucket; L is the padded length of its captions."""
+    """The input of a training step: B samples of one bucket; L is the padded length of their captions."""
 
-    pixels: Tensor | None  # (B, 3, H, W) in [-1, 1]; None where there are latents
-    latents: Tensor | None  # (B, C, h, w) scaled; None where there are pixels
+    pixels: Tensor | None  # (B, 3, H, W) in [-1, 1]; None if there are latents
+    latents: Tensor | None  # (B, C, h, w) scaled; None if there are pixels
     noise: Tensor  # (B, C, h, w) standard normal, to be added to the latents
-    posterior_noise: Tensor | None  # as `noise`, for the posterior of the pixels' latents; zeros for its mean
-    time: Tensor  # (B,) uniform in [0, 1); the schedule makes times of it
+    posterior_noise: Tensor | None  # like `noise`, for the posterior of the pixels' latents; zeros give its mean
+    time: Tensor  # (B,) uniform in [0, 1); the schedule turns it into timesteps
     caption: Tensor  # (B, L, caption_channels)
     caption_mask: Tensor  # (B, L) bool
     drop: Tensor  # (B,) uniform in [0, 1); below the dropout rate the caption is replaced by the null caption
-    size: Tensor  # (B, 2) the original picture's height and width in pixels
+    size: Tensor  # (B, 2) the original image's height and width in pixels
     aspect_ratio: Tensor  # (B,) the bucket's rounded ratio
     weight: Tensor  # (B,) 1, or 0 for a sample that could not be read
     ids: list[str]
     problems: list[tuple[str, str]]  # (id, reason) of the unreadable ones
-    conditions: dict[str, Tensor] = field(default_factory=dict)  # further keywords of the network's call, (B, …) each
+    loss_weight: Tensor | None = None  # (B,) of the samples' losses in training; None is 1
+    conditions: dict[str, Tensor] = field(default_factory=dict)  # further keywords of the network, (B, …) each
     targets: dict[str, Tensor] = field(default_factory=dict)  # arrays for the objective, (B, …) each
     draws: dict[str, Tensor] = field(default_factory=dict)  # random numbers for the objective, (B, …) each
 
@@ -63,21 +66,19 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
-        """Tell the allocator that `stream` uses the tensors, which another stream has made."""
+        """Tell the allocator that `stream` uses the tensors, which were allocated on another stream."""
         self._map(lambda tensor: tensor.record_stream(stream))
 
 
 class Draws:
-    """A sample's random numbers in one epoch, each from a generator of its own, by its name.
-
-    So using one or not, or drawing more, changes no other.
-    """
+    """A sample's random numbers in one epoch. Each has its own generator, seeded by its name, so that using a number or
+    not, or drawing more, changes no others."""
 
     def __init__(self, seed: int, epoch: int, sample_id: str, latent: tuple[int, int, int], patch_size: int = 1):
         """
         Args:
-            latent: (C, h, w), of the sample's latents.
-            patch_size: of the network, whose tokens are (h / patch_size) · (w / patch_size).
+            latent: shape (C, h, w) of the sample's latents.
+            patch_size: of the network, which has (h / patch_size) · (w / patch_size) tokens.
         """
         self.key, self.latent = (seed, epoch, sample_id), latent
         self.tokens = (latent[1] // patch_size) * (latent[2] // patch_size)
@@ -91,7 +92,7 @@ class Draws:
         return torch.randn(shape, generator=self._generator(name))
 
     def of(self, name: str, draw: Draw) -> Tensor:
-        """What `draw` describes."""
+        """The random numbers that `draw` describes."""
         shape = {"sample": (), "token": (self.tokens,), "latent": self.latent}[draw.shape]
         return getattr(self, draw.kind)(name, *shape)
 
@@ -100,7 +101,7 @@ class Draws:
 
 
 class DrawsInOrder(Draws):
-    """As runs before format 2 drew: one generator for a sample, all numbers in one order (`data.draws: in_order`)."""
+    """As in runs before format 2: one generator per sample, all numbers in a fixed order (`data.draws: in_order`)."""
 
     def __init__(self, seed: int, epoch: int, sample_id: str, latent: tuple[int, int, int], patch_size: int = 1):
         super().__init__(seed, epoch, sample_id, latent, patch_size)
@@ -121,7 +122,7 @@ DRAWS = {"by_name": Draws, "in_order": DrawsInOrder}
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a data set draws its samples' numbers, and what else they have."""
+    """How a data set draws its samples' random numbers, and which extra entries the samples have."""
 
     seed: int
     patch_size: int = 1
@@ -132,7 +133,7 @@ class Drawing:
         return DRAWS[self.draws](self.seed, epoch, sample_id, latent, self.patch_size)
 
     def common(self, draws: Draws, sample: "Sample", arrays: Mapping[str, Tensor], problem: str | None) -> dict:
-        """The entries of a sample that do not depend on where it comes from; `arrays` by the names of their makers."""
+        """The entries of a sample that do not depend on its source; `arrays` are by the names of their makers."""
         extras = self.extras
         return {
             "noise": draws.normal("noise", *draws.latent),
@@ -164,9 +165,9 @@ class Captions:
 
 
 class ImageDataset(Dataset):
-    """Captioned images with their captions' states, by (epoch, index) keys; see `Batch` for what comes out."""
+    """Captioned images with their captions' states, by (epoch, index) keys; see `Batch` for their content."""
 
-    by_epoch = True  # what keys are, see `pixart.data.given.TrainingData`
+    by_epoch = True  # keys are (epoch, index), see `pixart.data.given.TrainingData`
 
     def __init__(
         self,
@@ -184,16 +185,16 @@ class ImageDataset(Dataset):
     ):
         """
         Args:
-            drawing: where the samples' random numbers come from.
+            drawing: draws the samples' random numbers.
             latent_channels, downsample: of the autoencoder, for the shape of the noise.
             flip: mirror half of the images.
-            random_crop: crop anywhere, not in the middle.
-            posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
+            random_crop: crop at a random position instead of the center.
+            posterior_mean: use the mean of the autoencoder's posterior instead of a sample from it.
             cache: keep decoded images in memory; not with `random_crop`.
-            makers: of the arrays that `drawing` asks for.
+            makers: functions that make the arrays that `drawing` asks for.
         """
         if cache and random_crop:
-            raise InputError("data: cache keeps cropped pictures, so it cannot be on together with random_crop")
+            raise InputError("data: cache keeps cropped images, so it cannot be on together with random_crop")
         self.records, self.captions, self.drawing = records, captions, drawing
         self.latent_channels, self.downsample = latent_channels, downsample
         self.flip, self.random_crop, self.posterior_mean = flip, random_crop, posterior_mean
@@ -220,6 +221,7 @@ class ImageDataset(Dataset):
             "pixels": pixels,
             "posterior_noise": noise,
             "caption": self.captions[record.choose(float(draws.uniform("caption")))],
+            "loss_weight": record.loss_weight,
             **self.drawing.common(draws, record, arrays, problem),
         }
 
@@ -228,8 +230,8 @@ class ImageDataset(Dataset):
             return self._cache[index], None
         record = self.records[index]
         try:
-            image = load_image(record.picture, record.bucket, crop=crop)
-        except UNREADABLE as error:
+            image = load_record(record, crop=crop)
+        except UnreadableImage as error:
             return np.zeros((record.bucket.height, record.bucket.width, 3), np.uint8), f"unreadable: {error}"
         if self._cache is not None:
             self._cache[index] = image
@@ -237,7 +239,7 @@ class ImageDataset(Dataset):
 
 
 class Sample(Protocol):
-    """What `Drawing.common` needs of an image: a `Record`, or one of a feature store."""
+    """What `Drawing.common` needs to know of an image: a `Record`, or a sample of a feature store."""
 
     id: str
     height: int  # of the original image
@@ -246,19 +248,19 @@ class Sample(Protocol):
 
 
 def collate(samples: list[dict], *, length: int | None = None) -> Batch:
-    """Samples of one bucket → a batch; captions are padded to the longest, or with `length`, the longest there may be,
-    to the next of `CAPTION_LENGTHS`.
+    """Samples of one bucket → a batch. Captions are padded to the longest one, or, given their maximum `length`, to the
+    next of `CAPTION_LENGTHS`.
 
     Raises:
-        InputError: a caption without tokens; attention over it would give NaN for the whole picture.
+        InputError: a caption has no tokens; attention over it would make the whole image NaN.
     """
     for sample in samples:
         if not len(sample["caption"]):
-            raise InputError(f"{sample['id']}: its caption has no token")
+            raise InputError(f"{sample['id']}: its caption has no tokens")
     if len(shapes := sorted({tuple(sample["noise"].shape) for sample in samples})) > 1:
         raise InputError(
-            f"a batch has latents of shapes {shapes[0]} and {shapes[1]}; samples of one bucket must have one: give the "
-            "data set `buckets`, a number for each sample's size"
+            f"a batch has latents of shapes {shapes[0]} and {shapes[1]}; samples of one bucket must have one shape: "
+            "give the data set the attribute `buckets`, a number for each sample's size"
         )
     captions = [sample["caption"] for sample in samples]
     lengths = torch.tensor([len(caption) for caption in captions])
@@ -274,6 +276,7 @@ def collate(samples: list[dict], *, length: int | None = None) -> Batch:
             for name in ("pixels", "latents", "noise", "posterior_noise")
         },
         **{name: torch.tensor([s[name] for s in samples], dtype=torch.float32) for name in numbers},
+        loss_weight=torch.tensor([s.get("loss_weight", 1.0) for s in samples]),
         caption=caption,
         caption_mask=torch.arange(padded)[None, :] < lengths[:, None],
         ids=[s["id"] for s in samples],
@@ -290,23 +293,38 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def empty_batch(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Memory for a batch: in a loader's worker shared with the training process, so that it is filled only once."""
+    """Memory for a batch; in a loader's worker it is shared with the training process, which saves a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    # what torch's own collate does
+    # as torch's own collate does
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def pad_length(longest: int, length: int | None) -> int:
-    """What captions are padded to: the next of `CAPTION_LENGTHS`, and no more than `length`."""
+    """The padded length of captions: the next of `CAPTION_LENGTHS`, but at most `length`."""
     if length is None:
         return longest
     return max(longest, min(next((step for step in CAPTION_LENGTHS if step >= longest), length), length))
 
 
+def describe_captions(encoder, captions: Sequence[str]) -> list[str]:
+    """Lines on the captions that the encoder does not take whole: emptied by cleaning, or truncated."""
+    lines, emptied = [], encoder.emptied(captions)
+    if emptied:
+        lines.append(
+            f"{len(emptied)} of {len(captions)} captions are empty after PixArt-α's cleaning (text.clean), and are "
+            f"encoded as the empty text: {', '.join(map(say, emptied[:3]))}"
+        )
+    if cut := sum(count > encoder.config.length for count in encoder.count_tokens(captions)):
+        lines.append(
+            f"{cut} of {len(captions)} captions are longer than {encoder.config.length} tokens and are truncated"
+        )
+    return lines
+
+
 def encode_captions(encoder, captions: Sequence[str], *, dtype: torch.dtype, batch_size: int = 64) -> Captions:
-    """Text states of every distinct caption, longer ones cut to the model's length; encoded in order of length.
+    """Text states of every distinct caption, truncated to the model's length; encoded in order of length.
 
     `encoder` is a `pixart.encoders.text.TextEncoder`.
     """

@@ -1,7 +1,9 @@
-"""A run's data: what it trains on and what it holds out, from images; feature stores do likewise."""
+"""A run's data from images, split into training and held-out samples; `pixart.features.training_set` does the same for
+feature stores."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,33 +14,35 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pixart.data.arrays import ARRAYS, ArrayContext, Extras
+from pixart.data.arrays import ArrayContext, Extras, open_array
 from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.images import Record
-from pixart.data.openmoji import build_openmoji
-from pixart.data.samples import Batch, Captions, Drawing, ImageDataset, collate, encode_captions
+from pixart.data.prepare import prepare
+from pixart.data.samples import Batch, Captions, Drawing, ImageDataset, collate, describe_captions, encode_captions
 from pixart.data.sources import make_table, scan
+from pixart.data.workers import leave_signals, lost_worker
 from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig
 from pixart.encoders.fingerprint import fingerprint
 from pixart.encoders.text import TextConfig, TextEncoder, encode_null, encoder_dtype
 from pixart.errors import InputError
+from pixart.invocation import command
 from pixart.seeds import Draw, derive_seed
 
-MANY_CAPTIONS = 10_000  # above this, several processes that each encode them all are warned
+MANY_CAPTIONS = 10_000  # above this, warn if several processes each encode all captions
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What of a run's configuration decides its samples."""
+    """The part of a run's configuration that determines its samples."""
 
     data: DataConfig
     vae: AutoencoderConfig
     text: TextConfig
-    patch_size: int  # of the network, in latents
+    patch_size: int  # of the network, in latent pixels
     caption_channels: int  # width of the text states that the network takes
-    prompts: tuple[str, ...]  # of sample grids; their states are kept too
+    prompts: tuple[str, ...]  # for sample grids; their states are kept, too
     seed: int
     extras: Extras = field(default_factory=Extras)
 
@@ -49,33 +53,34 @@ class DataSpec:
 
     @property
     def held_out_drawing(self) -> Drawing:
-        """The same for the held-out ones: not of `seed`, so that runs of several seeds are validated alike."""
+        """The same for the held-out samples; independent of `seed`, so that runs of several seeds are validated
+        alike."""
         return replace(self.drawing, seed=self.split_seed)
 
     @property
     def split_seed(self) -> int:
-        """What the held-out share, and validation's times and noise, are drawn from."""
+        """The seed of the held-out share and of validation's times and noise."""
         return self.data.split_seed or 0
 
     @property
     def table(self) -> list[Bucket]:
-        """The buckets that the images are sorted into."""
+        """The buckets into which the images are sorted."""
         return make_table(self.data, self.patch_size * self.vae.downsample)
 
 
 @dataclass
 class Part:
-    """Samples for one use."""
+    """The samples for one purpose: training or validation."""
 
     dataset: Dataset
-    buckets: np.ndarray  # the bucket's number of every sample
-    sets: list[tuple[int, float]]  # (number of samples, repeats an epoch) of each set that they come from
+    buckets: np.ndarray  # the bucket number of every sample
+    sets: list[tuple[int, float]]  # (number of samples, repeats per epoch) of each set that they come from
 
     def __len__(self) -> int:
         return len(self.buckets)
 
     def by_bucket(self, size: int) -> Iterator[list[int]]:
-        """All samples once, in lists of one bucket and at most `size`."""
+        """All samples once, in lists of at most `size` samples of one bucket."""
         for number in np.unique(self.buckets):
             samples = np.flatnonzero(self.buckets == number).tolist()
             yield from (samples[i : i + size] for i in range(0, len(samples), size))
@@ -87,28 +92,37 @@ class Data:
 
     train: Part
     held_out: Part
-    captions: Captions  # of the prompts at least
+    captions: Captions  # at least of the prompts
     null: Tensor | None  # the null caption, if it is not the model's own
-    records: list[Record]  # the training images; none with feature stores
-    fingerprint: str  # of the training samples' ids, in their order
-    held_out_fingerprint: str  # likewise of the held-out ones
-    text_weights: str | None  # fingerprint of the encoder that made the text states; None where nothing tells it
-    places: list[Path]  # where some of it lies: if none of these is there any more, the data is gone
+    records: list[Record]  # the training images; empty with feature stores
+    fingerprint: str  # of the training samples' ids, in order
+    held_out_fingerprint: str  # the same for the held-out samples
+    text_weights: str | None  # fingerprint of the encoder that made the text states; None if unknown
+    places: list[Path]  # some of its files or folders: if none of them exists any more, the data is gone
     report: str
+    # kind of content → fingerprint of the content behind the ids, as far as known without reading every image
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
-    """Scan the images, set the held-out ones apart, encode every caption once and free the encoder."""
+    """Scan the images, split off the held-out ones, encode every caption once, and free the encoder."""
     data = spec.data
-    if data.prepare == "openmoji":
+    if data.prepare:
         with accelerator.main_process_first():
-            build_openmoji(data.folder)
+            prepare(data)
     train, held_out, report = _find_records(spec)
+    if data.shuffle_captions:
+        train = exchange_captions(train, spec.split_seed)
+        report.append("data.shuffle_captions: every training image has the captions of another one")
+    others = _find_regularization(data, spec.table, report)
+    # as many of the others as of the images to learn, in every epoch
+    sets = [(len(train), len(others) / len(train)), (len(others), 1.0)] if others else None
+    train = [*train, *others]
     records = [*train, *held_out]
 
     encoder = load_encoder(spec, accelerator)
     texts = sorted({caption for record in records for caption in record.captions} | set(spec.prompts))
-    cut = sum(count > spec.text.length for count in encoder.count_tokens(texts))
+    described = describe_captions(encoder, texts)
     captions = encode_captions(encoder, texts, dtype=getattr(torch, data.text_dtype))
     null, text_weights = encode_null(encoder), fingerprint(encoder.model)
     encoder.close()
@@ -116,33 +130,40 @@ def load_images(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencod
     if accelerator.num_processes > 1 and len(texts) > MANY_CAPTIONS:
         report.append(
             f"warning: each of {accelerator.num_processes} processes encodes and holds all {len(texts)} captions at "
-            "every start; scripts/extract.py encodes them once for all (data.features)"
+            f"every start; encode them once for all: {command('extract')} CONFIG data.features=STORE"
         )
-    if cut:
-        report.append(f"{cut} of {len(texts)} captions are longer than {spec.text.length} tokens and are cut")
+    report += described
     sizes = sorted({(record.bucket.height, record.bucket.width) for record in records})
 
     context = ArrayContext(autoencoder, accelerator.device)
-    makers = {name: ARRAYS[name](context) for name in spec.extras.arrays}
+    makers = {name: open_array(name, context) for name in spec.extras.arrays}
 
-    def part(records: list[Record], drawing: Drawing) -> Part:
+    def part(records: list[Record], drawing: Drawing, sets: list[tuple[int, float]] | None = None) -> Part:
         dataset = ImageDataset(
-            records, captions, drawing, latent_channels=spec.vae.latent_channels,
-            downsample=spec.vae.downsample, flip=data.flip, random_crop=data.random_crop,
-            posterior_mean=data.posterior == "mean", cache=data.cache, makers=makers,
-        )  # fmt: skip
+            records,
+            captions,
+            drawing,
+            latent_channels=spec.vae.latent_channels,
+            downsample=spec.vae.downsample,
+            flip=data.flip,
+            random_crop=data.random_crop,
+            posterior_mean=data.posterior == "mean",
+            cache=data.cache,
+            makers=makers,
+        )
         numbers = np.array([sizes.index((r.bucket.height, r.bucket.width)) for r in records], dtype=np.int16)
-        return Part(dataset, numbers, [(len(records), 1.0)])
+        return Part(dataset, numbers, sets or [(len(records), 1.0)])
 
     some = [record.picture for record in train[:: max(len(train) // 16, 1)]]
     places = [picture for picture in some if isinstance(picture, Path)] or [Path(data.folder)]
     prints = (hash_ids([_hash_records(part)]) for part in (train, held_out))
-    parts = part(train, spec.drawing), part(held_out, spec.held_out_drawing)
-    return Data(*parts, captions, null, train, *prints, text_weights, places, "\n".join(report))
+    parts = part(train, spec.drawing, sets), part(held_out, spec.held_out_drawing)
+    contents = hash_contents(records)
+    return Data(*parts, captions, null, train, *prints, text_weights, places, "\n".join(report), contents)
 
 
 def _find_records(spec: DataSpec) -> tuple[list[Record], list[Record], list[str]]:
-    """The images to train on and those held out, and what there is to report."""
+    """The images to train on, those held out, and lines for the report."""
     data = spec.data
     found = scan(data, spec.table)
     records = found.records[:: data.every]
@@ -158,24 +179,47 @@ def _find_records(spec: DataSpec) -> tuple[list[Record], list[Record], list[str]
     return records, held_out, report + describe_split(spec, len(records), len(held_out))
 
 
+def exchange_captions(records: Sequence[Record], seed: int) -> list[Record]:
+    """The records in the same order, each with the captions of another one: the next in an order drawn from `seed`."""
+    order = sorted(range(len(records)), key=lambda i: derive_seed(seed, "captions", records[i].id))
+    found = list(records)
+    for here, there in zip(order, [*order[1:], *order[:1]], strict=True):
+        found[here] = replace(records[here], captions=records[there].captions, weights=records[there].weights)
+    return found
+
+
+def _find_regularization(data: DataConfig, table: list[Bucket], report: list[str]) -> list[Record]:
+    """The images of `data.regularization`, with ids that no other image has; their description goes into `report`."""
+    if not data.regularization:
+        return []
+    own = {"format": "auto", "images": None, "caption": data.regularization_caption}
+    source = replace(data, folder=data.regularization, **own)
+    found = scan(source, table)
+    report += [f"data.regularization {data.regularization}, loss × {data.regularization_weight:g}:", found.describe()]
+    return [
+        replace(record, id=f"regularization/{record.id}", loss_weight=data.regularization_weight)
+        for record in found.records
+    ]
+
+
 def _hash_records(records: list[Record]) -> np.ndarray:
     return np.array([derive_seed(record.id) for record in records], dtype=np.int64)
 
 
 def load_encoder(spec: DataSpec, accelerator: Accelerator) -> TextEncoder:
-    """The text encoder, if its states fit the model."""
+    """Load the text encoder and check that its states fit the model."""
     encoder = TextEncoder.load(spec.text, dtype=encoder_dtype(accelerator.device), device=accelerator.device)
     if encoder.width != spec.caption_channels:
         raise InputError(
             f"text.model {spec.text.model} has states of width {encoder.width}, "
-            f"model.caption_channels is {spec.caption_channels}; set it to {encoder.width}"
+            f"but model.caption_channels is {spec.caption_channels}; set it to {encoder.width}"
         )
     return encoder
 
 
 def choose_held_out(sets: Sequence[np.ndarray], spec: DataSpec) -> list[np.ndarray]:
-    """Which samples of each set are held out: a property of an id and the split's seed, so that adding images moves
-    none across the split. A share that would hold out none of any set holds out the first in line.
+    """Which samples of each set are held out. This depends only on the id and the split's seed, so that adding images
+    moves none from one side to the other. If the share selects no sample at all, the closest one is held out.
 
     Args:
         sets: `derive_seed(id)` of every sample.
@@ -195,8 +239,8 @@ def choose_held_out(sets: Sequence[np.ndarray], spec: DataSpec) -> list[np.ndarr
 
 
 def _places(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each id: its hash mixed with the seed's by the finaliser of splitmix64 (Steele et
-    al. 2014)."""
+    """A uniform number in [0, 1) for each id: its hash mixed with the seed's hash by the finaliser of splitmix64
+    (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = hashes.astype(np.uint64) ^ np.uint64(derive_seed(seed, "split"))
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -206,25 +250,35 @@ def _places(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 
 def hash_ids(sets: list[np.ndarray]) -> str:
-    """One text for all samples of a run, by their ids' hashes."""
+    """A digest of all samples of a run, from the hashes of their ids."""
     digest = hashlib.blake2b(digest_size=8)
     for hashes in sets:
         digest.update(np.ascontiguousarray(hashes, dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 
+def hash_contents(records: Sequence[Record]) -> dict[str, str]:
+    """Fingerprints that notice changed images or captions under the same ids: of the captions, and of the sizes of the
+    image files. File times are not used, since copying changes them."""
+    texts, files = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for record in sorted(records, key=lambda record: record.id):
+        texts.update(json.dumps([record.id, record.captions, record.weights]).encode())
+        files.update(json.dumps([record.id, record.length, record.height, record.width]).encode())
+    return {"captions": texts.hexdigest(), "images": files.hexdigest()}
+
+
 def describe_split(spec: DataSpec, train: int, held_out: int) -> list[str]:
     lines = []
     if spec.data.every > 1:
         used = train if spec.data.validation_folder else train + held_out
-        lines.append(f"every {spec.data.every}th of them is used: {used}")
+        lines.append(f"every {spec.data.every}th image is used: {used}")
     if held_out:
         lines.append(f"{held_out} held out for validation, {train} to train on")
     return lines
 
 
 def draw_also(data: Data, draws: Mapping[str, Draw]) -> None:
-    """Have every sample drawn with `draws` for the objective, in place of those that it is drawn with."""
+    """Set the random numbers that every sample draws for the objective, replacing the previous ones."""
     for part in (data.train, data.held_out):
         drawing = part.dataset.drawing
         part.dataset.drawing = replace(drawing, extras=replace(drawing.extras, draws=draws))
@@ -233,7 +287,7 @@ def draw_also(data: Data, draws: Mapping[str, Draw]) -> None:
 def make_batches(
     spec: DataSpec, data: Data, accelerator: Accelerator, *, batch_size: int, accumulation: int, position: int
 ) -> tuple[BucketBatches, DataLoader]:
-    """This process's micro-batches from global batch `position` on; `batch_size` is that of a global batch."""
+    """This process's micro-batches from global batch `position` on; `batch_size` is the global batch size."""
     batches = BucketBatches(
         data.train.buckets,
         batch_size,
@@ -245,6 +299,8 @@ def make_batches(
         leftovers=spec.data.leftovers,
         position=position,
     )
+    # the loader draws a seed for its workers at every start, which must not advance the global generator
+    generator = torch.Generator().manual_seed(derive_seed(spec.seed, position, batches.rank, "workers"))
     return batches, DataLoader(
         data.train.dataset,
         batch_sampler=batches,
@@ -252,11 +308,39 @@ def make_batches(
         num_workers=spec.data.workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=spec.data.workers > 0,
+        worker_init_fn=leave_signals,
+        generator=generator,
     )
 
 
+class MicroBatches:
+    """This process's micro-batches on its device, one step's at a time.
+
+    If a worker is lost, they are read in this process from then on, so that the step can finish and the run be saved.
+    """
+
+    def __init__(
+        self, loader: DataLoader, reload: Callable[[int], DataLoader], device: torch.device, *, accumulation: int
+    ):
+        """`reload` makes a loader without workers that starts at a given step."""
+        self.reload, self.device, self.accumulation = reload, device, accumulation
+        self.lost = False  # whether a worker was lost
+        self._batches = move_ahead(loader, device)
+
+    def take(self, step: int) -> list[Batch]:
+        """The micro-batches of a step; steps must be taken in order."""
+        try:
+            return [next(self._batches) for _ in range(self.accumulation)]
+        except Exception as error:
+            if self.lost or not lost_worker(error):
+                raise
+        self.lost = True
+        self._batches = move_ahead(self.reload(step), self.device)
+        return [next(self._batches) for _ in range(self.accumulation)]
+
+
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same, without the traceback that a loader's worker puts before the one line of an `InputError`."""
+    """The same batches; an `InputError` of a loader's worker loses the traceback that torch puts before its text."""
     try:
         yield from batches
     except InputError as error:
@@ -264,7 +348,8 @@ def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def move_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on `device`; on a GPU copied from pinned memory on a stream of its own, beside the last step's work."""
+    """Batches on `device`; for a GPU they are copied from pinned memory on a separate stream, during the previous
+    step."""
     batches = _plain_errors(batches)
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)

@@ -1,11 +1,10 @@
 """WebDataset shards as img2dataset writes them: tar files of `key.jpg`, `key.txt` and `key.json`.
 
-One pass over a shard's headers finds where each picture lies; from then on it is read from there, in any order. Only
-plain tar can do that, not a compressed one.
+One pass over a shard's headers finds the position of each image, which can then be read directly, in any order. This
+needs plain tar files, not compressed ones.
 """
 
 import io
-import json
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 from pixart.data.images import IMAGE_SUFFIXES
 from pixart.data.items import Fields, Item
 from pixart.errors import InputError
+from pixart.files import open_file, parse_json, walk
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -23,7 +23,7 @@ PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclass(frozen=True)
 class Member:
-    """A file within a tar: `length` bytes from `offset` on."""
+    """A file within a tar file: `length` bytes from `offset` on."""
 
     shard: str
     offset: int
@@ -34,11 +34,11 @@ class Member:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file of its own: a picture's header is read without the rest of it."""
+    """A part of a file, as a file object, so that an image's header can be read without the rest."""
 
     def __init__(self, member: Member):
         self.member, self.at = member, 0
-        self.file = open(member.shard, "rb", buffering=0)  # noqa: SIM115 (closed with this)
+        self.file = open_file(member.shard, buffering=0)  # closed with this
 
     def readable(self) -> bool:
         return True
@@ -69,17 +69,17 @@ class _Window(io.RawIOBase):
 
 
 def read_webdataset(path: Path, fields: Fields) -> Iterator[Item]:
-    """The pictures of all shards in a folder, or of one; ids are `shard/key.ext`.
+    """The images of one shard, or of all shards in a folder; ids are `shard/key.ext`.
 
-    Fields are `text` (`key.txt`), FIELD (`key.FIELD.txt`), and the keys of `key.json`. Of a torn shard the good part is
-    kept, and the shard is a problem.
+    Fields are `text` (`key.txt`), FIELD (`key.FIELD.txt`), and the keys of `key.json`. The intact part of a truncated
+    shard is used, and the shard is listed as a problem.
 
     Raises:
-        InputError: no shard, or a compressed one.
+        InputError: there is no shard, or one is compressed.
     """
-    shards = [path] if path.is_file() else sorted(path.rglob("*.tar"))
-    packed = [] if path.is_file() else [p for p in path.rglob("*") if p.name.endswith(PACKED_SUFFIXES)]
-    if packed:
+    files = [path] if path.is_file() else list(walk(path))
+    shards = files if path.is_file() else [file for file in files if file.suffix == ".tar"]
+    if packed := [file for file in files if file not in shards and file.name.endswith(PACKED_SUFFIXES)]:
         raise _packed(packed[0], packed[0].suffix[1:])
     if not shards:
         raise InputError(f"data folder {path}: no .tar shard in it")
@@ -89,7 +89,12 @@ def read_webdataset(path: Path, fields: Fields) -> Iterator[Item]:
 
 
 def _read_shard(shard: Path, name: str, fields: Fields) -> Iterator[Item]:
-    with open(shard, "rb") as file:
+    try:
+        file = open_file(shard)
+    except OSError as error:
+        yield _bad(f"{name}.tar", f"unreadable: {error}")
+        return
+    with file:
         start = file.read(8)
         for magic, kind in PACKED.items():
             if start.startswith(magic):
@@ -99,10 +104,10 @@ def _read_shard(shard: Path, name: str, fields: Fields) -> Iterator[Item]:
         for member in members:
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
             key, _, extension = base.partition(".")
-            if not key or not extension:  # hidden files, and files of no kind
+            if not key or not extension:  # hidden files, and files without an extension
                 continue
             if extension.lower() in samples[folder + slash + key]:
-                yield _bad(f"{name}/{folder}{slash}{base}", "stands twice in its shard; the second one is left out")
+                yield _bad(f"{name}/{folder}{slash}{base}", "is in its shard twice; the second one is left out")
             else:
                 samples[folder + slash + key][extension.lower()] = member
         for key, files in samples.items():
@@ -112,23 +117,45 @@ def _read_shard(shard: Path, name: str, fields: Fields) -> Iterator[Item]:
 
 
 def _list_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], str | None]:
-    """The whole files of a tar, and what is wrong with the rest of it."""
+    """The complete files of a tar file, and what is wrong with the rest of it."""
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
     members: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Bounded(file, end), mode="r:") as tar:
             for member in tar:
                 if member.isreg() and member.offset_data + member.size > end:
                     return members, f"it ends at byte {end} within {member.name}"
                 if member.isreg() and not member.issparse():
                     members.append(member)
-            file.seek(tar.offset)  # tarfile takes a bad header for the end; the true end is a block of zeros
+            file.seek(tar.offset)  # tarfile treats a bad header as the end, but the true end is a block of zeros
             if file.read(512) != bytes(512):
                 return members, f"no header and no end mark at byte {tar.offset}"
-    except tarfile.TarError as error:
+            if follows := _find_more(file, end):
+                return members, f"its end mark is followed by more data at byte {follows}, which is not read"
+    except (tarfile.TarError, ValueError, OverflowError, OSError, RecursionError) as error:
         return members, str(error)
     return members, None
+
+
+def _find_more(file: BinaryIO, end: int) -> int | None:
+    """The position of the first byte other than 0 from here on, as in archives that were simply concatenated."""
+    while (start := file.tell()) < end:
+        if part := file.read(1 << 20).lstrip(b"\0"):
+            return file.tell() - len(part)
+        if file.tell() == start:
+            break
+    return None
+
+
+class _Bounded:
+    """A tar file for `tarfile` that never reads past its end; `tarfile` would read as many bytes as a header says."""
+
+    def __init__(self, file: BinaryIO, end: int):
+        self.file, self.end, self.seek, self.tell = file, end, file.seek, file.tell
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(max(min(count, self.end - self.file.tell()), 0))
 
 
 def _read_sample(file: BinaryIO, shard: Path, name: str, files: dict[str, tarfile.TarInfo], fields: Fields) -> Item:
@@ -142,24 +169,25 @@ def _read_sample(file: BinaryIO, shard: Path, name: str, files: dict[str, tarfil
     for extension, member in files.items() if fields.wanted else ():
         try:
             if extension == "json":
-                row = {**_read_object(file, member), **row}  # a text file goes before a key of the same name
+                # a text file takes precedence over a key of the same name
+                row = {**_read_object(file, member, fields), **row}
             elif extension == "txt" or extension.endswith(".txt"):
-                row[extension.removesuffix("txt").rstrip(".") or "text"] = _read(file, member)
+                row[extension.removesuffix("txt").rstrip(".") or "text"] = _read(file, member, fields)
         except ValueError as error:
-            return Item(id, picture, {}, id, problem=f"no caption: its .{extension} cannot be read ({error})")
+            return Item(id, picture, {}, id, problem=f"unreadable: its .{extension}: {error}")
     return Item(id, picture, fields.take(row), id, lack="no caption in its .txt and .json")
 
 
-def _read_object(file: BinaryIO, member: tarfile.TarInfo) -> dict:
-    value = json.loads(_read(file, member))
+def _read_object(file: BinaryIO, member: tarfile.TarInfo, fields: Fields) -> dict:
+    value = parse_json(_read(file, member, fields))
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {str(value)[:60]}")
     return value
 
 
-def _read(file: BinaryIO, member: tarfile.TarInfo) -> str:
+def _read(file: BinaryIO, member: tarfile.TarInfo, fields: Fields) -> str:
     file.seek(member.offset_data)
-    return file.read(member.size).decode("utf-8-sig")
+    return fields.decode(file.read(member.size), member.name)
 
 
 def _bad(id: str, problem: str) -> Item:
@@ -168,6 +196,6 @@ def _bad(id: str, problem: str) -> Item:
 
 def _packed(shard: Path, kind: str) -> InputError:
     return InputError(
-        f"{shard}: compressed ({kind}); pictures are read from within a shard in any order, which needs a plain .tar: "
-        "unpack it (as by gunzip)"
+        f"{shard}: compressed ({kind}); images are read from a shard in any order, which needs a plain .tar file: "
+        "decompress it (e.g. by gunzip)"
     )

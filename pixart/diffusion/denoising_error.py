@@ -1,4 +1,4 @@
-"""How well a network denoises, in a measure that does not depend on how it was trained."""
+"""A denoising error that does not depend on how the network was trained, so that networks can be compared by it."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from pixart.diffusion.guidance import make_denoise
-from pixart.diffusion.losses import per_picture
+from pixart.diffusion.losses import per_image
 from pixart.diffusion.schedule import DiffusionConfig, Schedule
 
-RATIOS = (0.25, 1.0, 4.0, 16.0)  # of noise to signal, σ / α
+RATIOS = (0.25, 1.0, 4.0, 16.0)  # noise-to-signal ratios σ / α at which the error is measured
 
 
 def denoising_errors(
     network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, config: DiffusionConfig, x0: Tensor, noise: Tensor
 ) -> Tensor:
-    """Squared errors of the clean pictures that `network(x, t)` implies, each times 1 + 1/ratio², at every ratio.
+    """Mean squared error of the clean image that `network(x, t)` implies, times 1 + 1/ratio², at each of `RATIOS`.
 
-    That is EDM's weight for data of variance 1 (arXiv 2206.00364, table 1), of which a denoiser that knows no more than
-    this variance has the error 1 at every ratio. Networks of any prediction, schedule, weighting or distribution of
-    times can be compared by it, which their losses cannot.
+    The weight is EDM's for data of variance 1 (arXiv 2206.00364, table 1). With it, the best linear denoiser of white
+    noise of variance 1 has an error of exactly 1 at every ratio. Unlike the training loss, the error can be compared
+    between networks of different predictions, schedules, weightings and time distributions.
 
     Args:
         x0, noise: (B, C, H, W), scaled latents and standard normal noise.
@@ -34,13 +34,15 @@ def denoising_errors(
         t = schedule.time_of(ratio)
         alpha, sigma = schedule.alpha_sigma(t)
         found = denoise(alpha * x0.float() + sigma * noise, t).x0
-        rows.append((1 + ratio**-2) * per_picture((found - x0.float()) ** 2))
+        rows.append((1 + ratio**-2) * per_image((found - x0.float()) ** 2))
     return torch.stack(rows)
 
 
 def mean_error(errors: Iterable[float]) -> float:
-    """The one number of errors at several ratios: their geometric mean, so that an improvement by a factor counts the
-    same at every ratio. A plain mean would follow the largest alone."""
+    """The geometric mean of the errors at several ratios; NaN if one is NaN, 0 if one is 0.
+
+    An improvement by a factor counts the same at every ratio; an arithmetic mean would follow the largest error alone.
+    """
     errors = list(errors)
     if any(map(math.isnan, errors)):
         return math.nan

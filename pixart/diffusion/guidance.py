@@ -1,4 +1,4 @@
-"""From a network to a `denoise(x, t) -> Prediction` that samplers step with, and classifier-free guidance around it."""
+"""Turns a network into the `denoise(x, t) -> Prediction` that samplers call, and applies guidance to it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,18 +12,22 @@ from pixart.errors import InputError
 
 
 class Prediction(NamedTuple):
-    """What a network says about x_t, in the two forms that samplers use; fp32 (B, C, H, W) each."""
+    """A network's prediction for x_t, in the two forms that samplers use; fp32 (B, C, H, W) each."""
 
     eps: Tensor
     x0: Tensor
-    variance: Tensor | None = None  # the raw variance output in [-1, 1], where there is one
+    variance: Tensor | None = None  # the raw variance output in [-1, 1], if the network has one
 
 
-Denoise = Callable[[Tensor, float], Prediction]  # x_t (B, C, H, W) and one time for all
+Denoise = Callable[[Tensor, float], Prediction]  # x_t (B, C, H, W) and one time for the whole batch
 
 
 def make_denoise(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, config: DiffusionConfig) -> Denoise:
-    """Wrap `network(x, t)` (t as (B,)), whose output is read as the config's prediction type."""
+    """Wrap `network(x, t)`, t of shape (B,), whose output is of the config's prediction type.
+
+    Raises:
+        InputError: when called, if the network returns neither C nor 2·C channels.
+    """
 
     def denoise(x: Tensor, t: float) -> Prediction:
         output = network(x, torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)).float()
@@ -34,7 +38,7 @@ def make_denoise(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule
             )
         alpha, sigma = schedule.alpha_sigma(t)
         output, variance = output[:, :channels], output[:, channels:]
-        x0 = to_x0(config.prediction, x, output, alpha, sigma)
+        x0 = to_x0(config, x, output, alpha, sigma)
         eps = output if config.prediction == "epsilon" else (x - alpha * x0) / sigma
         return Prediction(eps, x0, variance if variance.shape[1] else None)
 
@@ -53,15 +57,20 @@ def guide(
 ) -> Denoise:
     """Guidance away from a second denoiser: second + scale · (first - second), on every noise channel.
 
-    With the null caption as the second that is classifier-free guidance (arXiv 2207.12598), with a weaker model
+    If `second` has the null caption, this is classifier-free guidance (arXiv 2207.12598); if it is a weaker model,
     autoguidance (arXiv 2406.02507).
 
     Args:
-        first, second: any two denoisers of B images; `second` may be None where `together` is given.
-        together: denoises 2B images, the first half as `first`, the second as `second`: one call in place of two.
-        scale: 1 means no guidance, and costs none.
-        interval: times at which to guide, ends included (arXiv 2404.07724); outside it only `first` is called.
-        rescale: 0 … 1, how far the guided x0 gets back the first one's contrast (arXiv 2305.08891, section 3.4).
+        first, second: denoisers of B images; `second` may be None if `together` is given.
+        together: denoises 2B images, the first half like `first` and the rest like `second`: one call instead of two.
+        scale: guidance scale; 1 disables guidance, and then only `first` is called.
+        interval: times (low, high), inclusive, at which guidance applies (arXiv 2404.07724); outside it only `first`
+            is called.
+        rescale: 0 … 1, how far the standard deviation of the guided x0 is moved back to that of the first one
+            (arXiv 2305.08891, section 3.4).
+
+    Raises:
+        InputError: rescale or interval out of range, or neither `second` nor `together` given.
     """
     if not 0 <= rescale <= 1:
         raise InputError(f"guidance rescale: got {rescale}, expected 0 to 1")
@@ -88,6 +97,6 @@ def guide(
 
 
 def _halves(prediction: Prediction) -> tuple[Prediction, Prediction]:
-    """A prediction for 2B images → those for the first B and the others."""
+    """Split a prediction for 2B images into those for the first B and the last B."""
     parts = [(None, None) if value is None else value.chunk(2) for value in prediction]
     return Prediction(*(part[0] for part in parts)), Prediction(*(part[1] for part in parts))

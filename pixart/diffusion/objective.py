@@ -1,4 +1,4 @@
-"""What a run minimises: a module that draws x_t, calls the network as often as it likes, and returns named terms."""
+"""Training objectives: modules that build x_t, call the network as often as they need, and return named loss terms."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pixart.diffusion.contrast import contrast
 from pixart.diffusion.losses import diffusion_loss
 from pixart.diffusion.schedule import DiffusionConfig, make_schedule
+from pixart.diffusion.uncertainty import Uncertainty
 from pixart.registry import Registry
 from pixart.seeds import Draw
 
@@ -20,58 +22,77 @@ class Example:
 
     x0: Tensor  # (B, C, h, w) scaled latents
     noise: Tensor  # (B, C, h, w) standard normal
-    time: Tensor  # (B,) uniform in [0, 1); the schedule makes times of it
-    inputs: dict[str, Tensor]  # what the network takes besides x_t and t; captions are dropped already
+    time: Tensor  # (B,) uniform in [0, 1); `Schedule.draw_times` maps it to times
+    inputs: dict[str, Tensor]  # the network's inputs besides x_t and t; caption dropout has been applied
     null: Tensor  # (L, caption_channels) the null caption
-    targets: dict[str, Tensor] = field(default_factory=dict)  # arrays by `data.targets`, (B, …) each
+    targets: dict[str, Tensor] = field(default_factory=dict)  # the arrays named in `data.targets`, (B, …) each
     draws: dict[str, Tensor] = field(default_factory=dict)  # the objective's own random numbers, (B, …) each
-    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]; none where a feature store gave the latents
+    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]; None if the latents come from a feature store
 
 
 class Objective(nn.Module):
-    """The contract of an objective.
+    """Base class of training objectives.
 
-    `trained` are modules of its own that are optimised, averaged and saved like the network (a projector, learned
-    weights of the loss); `state` those that are saved and sharded but get no gradient (a teacher, a target average).
-    Everything else it holds is made anew at every start. Options of its own are keyword arguments of its constructor,
-    filled from `objective.options`.
+    Modules in `trained` are optimised, averaged and saved like the network (a projector, learned loss weights); those
+    in `state` are saved and sharded but not optimised (a teacher, a target average). All other attributes are built
+    anew whenever a run starts or resumes. Further keyword arguments of a subclass's constructor are filled from
+    `objective.options`.
     """
 
-    draws: Mapping[str, Draw] = {}  # random numbers that it needs of every sample
+    draws: Mapping[str, Draw] = {}  # the random numbers it needs for every sample, by name
 
     def __init__(self, config: DiffusionConfig, network: nn.Module):
-        """`network` is the one that will be trained, with its weights at the start of the run."""
+        """`network` is the network to be trained, with its weights at the start of the run."""
         super().__init__()
         self.config, self.schedule = config, make_schedule(config)
         self.trained, self.state = nn.ModuleDict(), nn.ModuleDict()
 
     def forward(self, network: Network, example: Example) -> dict[str, Tensor]:
-        """Terms (B,) by name: "loss" is minimised, all are logged."""
+        """Loss terms (B,) by name: "loss" is minimised, all are logged."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def after_step(self, network: nn.Module, applied: Tensor) -> None:
-        """Called after every optimizer step, without gradients; `applied` is a truth value on the device: whether the
-        weights moved. A target average moves here, see `pixart.train.ema.update_ema`."""
+        """Called after every optimizer step, under `torch.no_grad`, e.g. to update a target average
+        (`pixart.train.ema.update_ema`). `applied` is a boolean tensor on the device: whether the step was applied, not
+        skipped because of a non-finite gradient."""
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective.name")
-GIVEN = "python:"  # begins the name of one that `train` was given as an object, which no registry knows
+GIVEN = "python:"  # prefix of the recorded name of an objective that was passed to `train` as an object
 
 
 @OBJECTIVES.register("denoising")
 class Denoising(Objective):
-    """The loss of DDPM and its kin, as `DiffusionConfig` says: one call of the network at one time a sample."""
+    """The denoising loss that `DiffusionConfig` describes: one time per sample, one call of the network."""
+
+    def __init__(self, config: DiffusionConfig, network: nn.Module):
+        super().__init__(config, network)
+        if config.weighting == "uncertainty":
+            self.trained["uncertainty"] = Uncertainty()
 
     def forward(self, network: Network, example: Example) -> dict[str, Tensor]:
+        x_t, t = self.add_noise(example)
+        return self.measure(network(x_t, t, **example.inputs), example, t)
+
+    def add_noise(self, example: Example) -> tuple[Tensor, Tensor]:
+        """x_t (B, C, h, w) and its times (B,)."""
         t = self.schedule.draw_times(example.time, self.config)
-        x_t = self.schedule.add_noise(example.x0, example.noise, t)
-        output = network(x_t, t, **example.inputs)
-        return diffusion_loss(self.schedule, self.config, output, example.x0, example.noise, t)
+        return self.schedule.add_noise(example.x0, example.noise, t), t
+
+    def measure(self, output: Tensor, example: Example, t: Tensor) -> dict[str, Tensor]:
+        """The terms of the network's output at times t."""
+        terms = diffusion_loss(self.schedule, self.config, output, example.x0, example.noise, t)
+        if self.config.contrast and self.training:  # a validation does not depend on how images are batched
+            terms |= contrast(terms["loss"], output, example.x0, example.noise, self.config.contrast)
+        if "uncertainty" in self.trained:
+            weighed = self.trained["uncertainty"].weigh(terms["mse"], *self.schedule.alpha_sigma_of(t))
+            terms |= weighed | {"loss": weighed["loss"] + terms.get("vlb", 0)}
+        return terms
 
 
 class TrainingModule(nn.Module):
-    """The network and the objective as one module, which the distributed wrapper goes round: so every gradient is
-    reduced, whichever of the two a weight belongs to."""
+    """The network and the objective as one module for the distributed wrapper, so that the gradients of both are
+    reduced."""
 
     def __init__(self, network: nn.Module, objective: Objective):
         super().__init__()
@@ -83,7 +104,7 @@ class TrainingModule(nn.Module):
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What a run minimises; sampling does not depend on it."""
+    """The training objective; sampling does not depend on it."""
 
-    name: str = "denoising"  # a key of OBJECTIVES; of an object that `train` was given, GIVEN and where it is from
-    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its constructor
+    name: str = "denoising"  # a key of OBJECTIVES; for an object passed to `train`, GIVEN and its qualified name
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the objective's constructor

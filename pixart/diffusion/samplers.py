@@ -1,7 +1,7 @@
-"""Solvers: from noise to an image, each a function of `denoise`, x at the first time, and the times to visit.
+"""Solvers: functions of `denoise`, x at the first time, and the times to visit; they return scaled latents.
 
-Noise that a solver adds comes from one generator per image, on the CPU, so that an image depends on its own seed and
-not on its batch. Coefficients are Python floats, computed before the loop touches the device.
+Noise that a solver adds is drawn on the CPU from one generator per image, so that an image depends on its own seed and
+not on the other images of its batch. Coefficients are Python floats, computed without synchronising the device.
 """
 
 import itertools
@@ -17,16 +17,15 @@ from pixart.diffusion.losses import interpolate_log_variance
 from pixart.diffusion.schedule import TRAIN_STEPS, DiscreteSchedule, FlowSchedule
 from pixart.errors import InputError
 
-# step just done (from 0), x after it, the clean image that its prediction implied; a tensor that is returned takes x's
-# place
+# called after each step with its number (from 0), the new x and the predicted x0; a returned tensor replaces x
 Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int], device=None) -> Tensor:
-    """Standard normal fp32 (B, *shape), row i from generator i."""
+    """Standard normal noise, fp32 (B, *shape); row i is drawn from generator i."""
     noise = torch.stack([torch.randn(tuple(shape), generator=g, device="cpu") for g in generators])
     if device is not None and torch.device(device).type == "cuda":
-        noise = noise.pin_memory()  # or the copy would wait until the GPU is done with all steps before
+        noise = noise.pin_memory()  # a copy from pageable memory would wait for all queued GPU work
     return noise.to(device, non_blocking=True)
 
 
@@ -40,10 +39,10 @@ def iddpm(
     clip_x0: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling of the chain of `times` (improved DDPM, arXiv 2102.09672), with the learned variance if any.
+    """Ancestral sampling on the chain of `times` (improved DDPM, arXiv 2102.09672), with the learned variance if any.
 
-    x: (B, C, H, W) at times[0]; the times are whole. `clip_x0` holds predicted images in [-1, 1]: right for pixels, not
-    for latents.
+    x is (B, C, H, W) at times[0]; times are integers, decreasing. `clip_x0` clamps the predicted x0 to [-1, 1], for
+    models of pixels; latents are not bounded.
     """
     chain = _chain(schedule, times)
     for i in reversed(range(len(chain))):
@@ -56,7 +55,7 @@ def iddpm(
 def iddpm_step(
     denoise: Denoise, x: Tensor, chain: DiscreteSchedule, i: int, noise: Tensor | None, *, clip_x0: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x at step i of a chain → x at step i - 1, and the predicted x0; `noise` is not needed at step 0."""
+    """x at step i of a chain → (x at step i - 1, predicted x0); `noise` is unused at step 0."""
     mean, log_variance, x0 = posterior(denoise, x, chain, i, clip_x0=clip_x0)
     return mean if i == 0 else mean + torch.exp(0.5 * log_variance) * noise, x0
 
@@ -64,8 +63,10 @@ def iddpm_step(
 def posterior(
     denoise: Denoise, x: Tensor, chain: DiscreteSchedule, i: int, *, clip_x0: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and log variance of p(x_{i-1} | x_i), and the predicted x0; without a learned variance, β's ("fixed
-    large")."""
+    """Mean and log variance of p(x_{i-1} | x_i), and the predicted x0.
+
+    Without a learned variance it is β ("fixed large"); at step 0, the posterior's.
+    """
     prediction = denoise(x, float(chain.timesteps[i]))
     x0 = prediction.x0.clamp(-1, 1) if clip_x0 else prediction.x0
     row = chain.row(i)
@@ -87,7 +88,10 @@ def ddim(
     clip_x0: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502) on the chain of `times`, which are whole; eta 0 draws no noise, eta 1 as much as DDPM."""
+    """DDIM (arXiv 2010.02502) on the chain of `times`, decreasing integers.
+
+    `eta` 0 is deterministic, 1 adds as much noise as DDPM. Raises InputError if eta > 0 and there are no generators.
+    """
     if eta and generators is None:
         raise InputError("ddim: eta > 0 draws noise and needs a generator per image")
     chain = _chain(schedule, times)
@@ -101,7 +105,7 @@ def ddim(
 def ddim_step(
     denoise: Denoise, x: Tensor, chain: DiscreteSchedule, i: int, noise: Tensor | None, *, eta=0.0, clip_x0=False
 ) -> tuple[Tensor, Tensor]:
-    """x at step i of a chain → x at step i - 1 (equation 12), and the predicted x0."""
+    """x at step i of a chain → (x at step i - 1 by equation 12, predicted x0)."""
     prediction = denoise(x, float(chain.timesteps[i]))
     x0, eps = prediction.x0, prediction.eps
     row = chain.row(i)
@@ -109,7 +113,7 @@ def ddim_step(
     if clip_x0:
         x0 = x0.clamp(-1, 1)
         eps = (row["sqrt_recip_alphas_cumprod"] * x - x0) / row["sqrt_recipm1_alphas_cumprod"]
-    # fp32, as in the authors' code: 1 - now / before loses digits there, and the released figures have that error
+    # fp32 as in the authors' code: 1 - now / before loses digits in fp32, and published results include that error
     spread = (eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()).item()
     mean = before.sqrt().item() * x0 + (1 - before - spread**2).clamp(min=0).sqrt().item() * eps
     return mean + spread * noise if spread and i else mean, x0
@@ -125,11 +129,11 @@ def dpm_solver(
     ending: Literal["sigma", "alpha"] = "sigma",
     callback: Callback | None = None,
 ) -> Tensor:
-    """Multistep DPM-Solver++ (arXiv 2211.01095, algorithm 2), over falling times, fractional allowed, and to time 0.
+    """Multistep DPM-Solver++ (arXiv 2211.01095, algorithm 2) at decreasing times (fractional ones allowed), to time 0.
 
-    The order falls towards the last step, which "sigma" (PixArt-Σ) always does and "alpha" (PixArt-α) only below ten
-    steps; Σ's ending is nearer a fine solution. There is no last step to σ = 0, as in the authors' code. Their
-    order 3 is kept too: it takes half the curvature term, so its error is smaller than order 2's but falls no faster.
+    `ending` "sigma" (PixArt-Σ) lowers the order in the last steps, "alpha" (PixArt-α) only with fewer than ten steps;
+    "sigma" ends closer to the solution of many steps. As in the authors' code, there is no final step to σ = 0, and
+    order 3 takes half the curvature term: its error is smaller than that of order 2 but converges at the same rate.
     """
     steps, times = len(times), [*times, 0.0]
     alphas, sigmas = zip(*(schedule.alpha_sigma(t) for t in times), strict=True)
@@ -165,7 +169,7 @@ def euler(
     *,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler's method along the flow, over falling times and to time 0: one call of the network a step."""
+    """Euler's method for flow models, at decreasing times, ending at time 0; one network call per step."""
     for i, (t, after) in enumerate(itertools.pairwise([*times, 0.0])):
         prediction = denoise(x, t)
         x = x + (after - t) / TRAIN_STEPS * (prediction.eps - prediction.x0)
@@ -181,7 +185,7 @@ def heun(
     *,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's second-order method along the flow: two calls a step, but one in the last, which ends at time 0."""
+    """Heun's second-order method for flow models; two network calls per step, one in the last, which ends at time 0."""
     for i, (t, after) in enumerate(itertools.pairwise([*times, 0.0])):
         step = (after - t) / TRAIN_STEPS
         prediction = denoise(x, t)
@@ -194,13 +198,13 @@ def heun(
 
 
 def _chain(schedule: DiscreteSchedule, times: Sequence[float]) -> DiscreteSchedule:
-    """The chain that visits `times`, falling and whole."""
+    """The respaced chain of `times`, decreasing integers."""
     if not isinstance(schedule, DiscreteSchedule):
         raise InputError("this sampler needs a discrete schedule; a flow model takes euler or heun")
     return schedule.at([int(t) for t in reversed(times)])
 
 
 def report(callback: Callback | None, step: int, x: Tensor, x0: Tensor) -> Tensor:
-    """x after a step, or what a callback puts in its place."""
+    """Call the callback after a step; returns x, or the tensor with which the callback replaces it."""
     changed = None if callback is None else callback(step, x, x0)
     return x if changed is None else changed

@@ -1,4 +1,4 @@
-"""One record of sampling settings, and the one place where a sampler is chosen by name."""
+"""Sampling settings, and the registry that selects a sampler by name."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,59 +14,56 @@ from pixart.diffusion.sa_solver import sa_solver
 from pixart.diffusion.schedule import TRAIN_STEPS, FlowSchedule, Schedule
 from pixart.diffusion.timesteps import SPACINGS, chain_times, check_times, uniform
 from pixart.errors import InputError
+from pixart.ranges import check_numbers
 from pixart.registry import Registry
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to sample; a model carries its own as a recommendation. Options that a sampler lacks keep their defaults."""
+    """Sampling settings; a model's config.json holds recommended ones. An option that the chosen sampler does not have
+    must keep its default."""
 
-    # auto: heun for flow, else dpm_solver. lcm and dmd are for models that were distilled for them
-    sampler: str = "auto"  # a key of SAMPLERS
-    steps: int | None = None  # the sampler's default
-    guidance: float | None = None  # the sampler's default: 4.5, and 1, which is off, for lcm and dmd
-    guidance_low: float = 0.0  # times at which to guide
+    # a key of SAMPLERS, or auto: heun for flow models, else dpm_solver; lcm and dmd need models distilled for them
+    sampler: str = "auto"
+    steps: int | None = setting(None, least=1, most=1_000_000)  # None: the sampler's default
+    guidance: float | None = None  # scale; None: 4.5, or 1 (off) for lcm and dmd
+    guidance_low: float = 0.0  # guidance applies at times from guidance_low to guidance_high, inclusive
     guidance_high: float = 1000.0
-    rescale: float = 0.0  # of the guided contrast, 0 … 1
+    rescale: float = setting(0.0, least=0, most=1)  # guidance rescale, 0 … 1 (arXiv 2305.08891)
     order: Literal[1, 2, 3] = setting(2, option=True)  # dpm_solver
     ending: Literal["sigma", "alpha"] = setting("sigma", option=True)  # dpm_solver
-    eta: float = setting(0.0, option=True)  # ddim
-    tau: float = setting(1.0, option=True)  # sa_solver: noise added on the way, 0 is none
-    clip_x0: bool = setting(False, option=True)  # iddpm and ddim, for models of pixels
-    shift: float = setting(1.0, option=True)  # euler and heun
-    spacing: str = "auto"  # of the times: a key of SPACINGS; auto is the sampler's own
-    times: tuple[float, ...] = ()  # a list of one's own instead of steps and spacing, falling
+    eta: float = setting(0.0, least=0, option=True)  # ddim
+    tau: float = setting(1.0, least=0, option=True)  # sa_solver: amount of noise added, 0 for none
+    clip_x0: bool = setting(False, option=True)  # iddpm and ddim: clamp x0 to [-1, 1], for models of pixels
+    shift: float = setting(1.0, above=0, option=True)  # euler and heun: above 1, more steps at high noise
+    spacing: str = "auto"  # a key of SPACINGS; auto: the sampler's own
+    # explicit times in decreasing order, in place of steps and spacing
+    times: tuple[float, ...] = setting((), least=0, most=1000)
 
     def __post_init__(self):
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"sample.steps: got {self.steps}, expected at least 1")
-        if not 0 <= self.rescale <= 1 or self.guidance_low > self.guidance_high:
+        check_numbers(self, "sample")
+        if self.guidance_low > self.guidance_high:
             raise InputError(
-                "sample: expected rescale in [0, 1] and guidance_low ≤ guidance_high, got "
-                f"{self.rescale}, {self.guidance_low} and {self.guidance_high}"
-            )
-        if self.shift <= 0 or self.eta < 0 or self.tau < 0:
-            raise InputError(
-                f"sample: expected shift > 0, eta ≥ 0 and tau ≥ 0, got {self.shift}, {self.eta} and {self.tau}"
+                f"sample: expected guidance_low ≤ guidance_high, got {self.guidance_low} and {self.guidance_high}"
             )
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A solver and what it takes: function(denoise, x, schedule, times, *, callback, …options) → scaled latents."""
+    """A solver, function(denoise, x, schedule, times, *, callback, …options) → scaled latents, and its properties."""
 
     function: Callable[..., Tensor]
-    steps: int  # the default
-    options: tuple[str, ...] = ()
-    least: int = 1  # steps that it takes
-    most: int | None = None
-    draws: bool = False  # takes a generator per image
-    distilled: bool = False  # guidance is in the weights
-    flow: bool = False  # for flow schedules; else for discrete ones
-    own: Callable[[Schedule, int], Sequence[float]] | None = None  # its own times of so many steps; none is uniform
-    spacings: tuple[str, ...] = ()  # what else it takes
-    whole: bool = False  # takes whole times alone
-    midway: bool = True  # may start from an image with noise
+    steps: int  # default number of steps
+    options: tuple[str, ...] = ()  # fields of SampleConfig passed to `function`
+    least: int = 1  # smallest number of steps
+    most: int | None = None  # largest number of steps
+    draws: bool = False  # takes one generator per image
+    distilled: bool = False  # guidance is built into the weights
+    flow: bool = False  # for flow schedules; otherwise for discrete ones
+    own: Callable[[Schedule, int], Sequence[float]] | None = None  # (schedule, steps) → its own times; None: uniform
+    spacings: tuple[str, ...] = ()  # further spacings it accepts
+    whole: bool = False  # accepts only integer times
+    midway: bool = True  # can start from a noised image
 
 
 def _dmd_times(schedule: Schedule, steps: int) -> list[float]:
@@ -88,14 +85,15 @@ for _name, _sampler in {
     "heun": Sampler(samplers.heun, 15, ("shift",), flow=True, spacings=("uniform",)),
 }.items():
     SAMPLERS.register(_name)(_sampler)
-GUIDANCE = 4.5  # of the released models
+GUIDANCE = 4.5  # recommended for the released models
 
 
 def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
     """The config with sampler, steps and guidance filled in for a schedule.
 
     Raises:
-        InputError: the sampler does not fit the schedule, lacks an option that is set, or takes other numbers of steps.
+        InputError: the sampler does not fit the schedule, lacks an option that is set, or does not accept this number
+            of steps, spacing or list of times.
     """
     flow = isinstance(schedule, FlowSchedule)
     name = config.sampler if config.sampler != "auto" else ("heun" if flow else "dpm_solver")
@@ -124,8 +122,7 @@ def resolve(config: SampleConfig, schedule: Schedule) -> SampleConfig:
 
 
 def visited_times(config: SampleConfig, schedule: Schedule) -> list[float]:
-    """The falling times at which a resolved config's sampler calls the network; the last int(steps · strength) of them
-    are those of a process that starts midway."""
+    """The decreasing times at which a resolved config's sampler calls the network."""
     chosen = SAMPLERS[config.sampler]
     if config.times:
         return check_times(config.times, schedule, whole=chosen.whole)
@@ -144,7 +141,7 @@ def visited_times(config: SampleConfig, schedule: Schedule) -> list[float]:
 
 
 def _check_steps(name: str, steps: int, order: int) -> None:
-    """Refuse numbers of steps that a sampler itself would refuse, which is after the text encoder's work."""
+    """Refuse a number of steps before any work is done, not when the sampler runs, after the text encoder has."""
     if name == "dpm_solver" and steps < order:
         raise InputError(
             f"sampler '{name}': got {steps} steps, expected at least {order}, its order; or set order to {steps} too"
@@ -165,9 +162,15 @@ def sample(
     *,
     times: Sequence[float] | None = None,
 ) -> Tensor:
-    """From x (B, C, H, W) at the first time to scaled latents, by the config's sampler; a generator per image.
+    """Run the config's sampler from x (B, C, H, W) at the first time; returns scaled latents.
 
-    `times` are those to visit, all that the config says by default: x is then standard normal noise.
+    Args:
+        x: standard normal noise; if `times` starts midway, a noised image at times[0].
+        generators: one per image, for samplers that add noise.
+        times: times to visit; by default all those of the config.
+
+    Raises:
+        InputError: as `resolve`.
     """
     config = resolve(config, schedule)
     sampler = SAMPLERS[config.sampler]

@@ -1,6 +1,6 @@
-"""Which times a solver visits: spacings by name, from the noisiest time down.
+"""The times that a solver visits: spacings by name, from the time with the most noise downwards.
 
-A list of times is where the solver calls the network; where it ends is its own (time 0, or the clean image).
+The solver calls the network at every time of the list; the end point (time 0, or the predicted x0) is the solver's own.
 """
 
 import itertools
@@ -12,14 +12,16 @@ from pixart.errors import InputError
 from pixart.registry import Registry
 
 KARRAS_RHO = 7.0  # arXiv 2206.00364, section 3
-# each entry: spacing(schedule, steps, shift) → `steps` falling times
+# each entry: spacing(schedule, steps, shift) → `steps` decreasing times
 SPACINGS: Registry[Callable[[Schedule, int, float], list[float]]] = Registry("sample.spacing")
 
 
 @SPACINGS.register("uniform")
 def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> list[float]:
-    """Evenly spread from the noisiest time to 0, which is not visited; for a flow shifted towards noise by `shift`
-    (arXiv 2403.03206, equation 23): above 1, more of the steps are spent in noise."""
+    """Evenly spaced from the last time of the process to 0, which is not visited.
+
+    For a flow the times are shifted (arXiv 2403.03206, equation 23): `shift` above 1 spends more steps at high noise.
+    """
     if isinstance(schedule, FlowSchedule):
         even = (1 - i / steps for i in range(steps))
         return [TRAIN_STEPS * shift * u / (1 + (shift - 1) * u) for u in even]
@@ -28,15 +30,15 @@ def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> list[float]:
 
 @SPACINGS.register("trailing")
 def trailing(schedule: Schedule, steps: int, shift: float = 1.0) -> list[float]:
-    """Every 1000/steps-th whole time of a discrete chain, counted from its end (arXiv 2305.08891, table 2)."""
+    """Every (1000 / steps)-th step of a discrete chain, counted from its end (arXiv 2305.08891, table 2)."""
     _discrete(schedule, "trailing")
     return [float(round(TRAIN_STEPS * (1 - i / steps)) - 1) for i in range(steps)]
 
 
 @SPACINGS.register("karras")
 def karras(schedule: Schedule, steps: int, shift: float = 1.0) -> list[float]:
-    """Ratios of noise to signal evenly spread in their 7th root (arXiv 2206.00364, equation 5), from the noisiest time
-    of a discrete chain to that of its first."""
+    """Noise-to-signal ratios evenly spaced in their 7th root (arXiv 2206.00364, equation 5), from the last time of a
+    discrete chain to its first."""
     _discrete(schedule, "karras")
     (a0, s0), (a1, s1) = schedule.alpha_sigma(schedule.last), schedule.alpha_sigma(0.0)
     most, least = ((s / a) ** (1 / KARRAS_RHO) for a, s in ((a0, s0), (a1, s1)))
@@ -45,15 +47,15 @@ def karras(schedule: Schedule, steps: int, shift: float = 1.0) -> list[float]:
 
 
 def chain_times(schedule: DiscreteSchedule, steps: int) -> list[float]:
-    """The times of `schedule.respace(steps)`, falling: both ends of the chain are visited."""
+    """The times of `schedule.respace(steps)`, decreasing; both ends of the chain are visited."""
     return [float(t) for t in reversed(schedule.respace(steps).timesteps)]
 
 
 def check_times(times: Sequence[float], schedule: Schedule, *, whole: bool) -> list[float]:
-    """A list of one's own, if a solver can take it; `whole` for those that step from time to time of a chain.
+    """Check a list of times given by the user; `whole` for solvers that accept only integer times.
 
     Raises:
-        InputError: not falling, outside the process, or not whole where that is needed.
+        InputError: not decreasing, outside the process, or fractional where integers are needed.
     """
     times = [float(t) for t in times]
     if not times or not all(math.isfinite(t) for t in times):
@@ -69,7 +71,7 @@ def check_times(times: Sequence[float], schedule: Schedule, *, whole: bool) -> l
 
 
 def last_steps(times: Sequence[float], strength: float) -> list[float]:
-    """The last int(len(times) · strength) of the times: where a process that starts midway begins.
+    """The last int(len(times) · strength) of the times: those visited when sampling starts from a noised image.
 
     Raises:
         InputError: a strength outside (0, 1], or one that leaves no step.

@@ -1,4 +1,4 @@
-"""What stands before and behind the network: text → states, pixels ↔ latents.
+"""The encoders around the network: text → states, pixels ↔ latents, images → patch features.
 
 Nothing of the network, of diffusion or of training may enter it.
 """

@@ -1,4 +1,4 @@
-"""Between pixels and what the network denoises. Every autoencoder speaks pixels [-1, 1] ↔ scaled latents."""
+"""Autoencoders, between pixels and what the network denoises: pixels in [-1, 1] ↔ scaled latents."""
 
 import math
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from torch import Tensor
 from pixart.config import setting
 from pixart.encoders.vae import VaeAutoencoder, VaeConfig
 from pixart.errors import InputError
+from pixart.ranges import check_numbers
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Which autoencoder a model's latents come from; stored with every model.
+    """The autoencoder of a model's latents; stored with every model.
 
-    Its numbers cost nothing to ask for; `load_autoencoder` reads the weights.
+    Its properties are known without reading weights; `load_autoencoder` reads them.
     """
 
     kind: Literal["identity", "kl"] = "identity"  # "kl" is the VAE of SD (PixArt-α) or SDXL (PixArt-Σ)
-    # of the VAE: a folder, a weights file, or a Hub id (owner/name or owner/name/subfolder)
+    # the VAE: a folder, a weights file, or a Hub id (owner/name or owner/name/subfolder)
     source: str = setting("", path=True)
-    scale: float | None = None  # the VAE's scaling factor; another one in its files is refused
+    scale: float | None = setting(None, above=0)  # the VAE's scaling factor; if its files say another, they are refused
 
     def __post_init__(self):
+        check_numbers(self, "vae")
         if self.kind == "identity" and (self.source or self.scale is not None):
-            raise InputError("vae.source and vae.scale belong to vae.kind kl; set it, or leave them out")
+            raise InputError("vae.source and vae.scale need vae.kind kl; set that, or leave them out")
         if self.kind == "kl" and not self.source:
             raise InputError("vae.source: expected the VAE's folder, weights file or Hub id with vae.kind kl")
-        if self.scale is not None and not self.scale > 0:
-            raise InputError(f"vae.scale: got {self.scale}, expected a positive number")
 
     @property
     def latent_channels(self) -> int:
@@ -38,20 +38,20 @@ class AutoencoderConfig:
 
     @property
     def downsample(self) -> int:
-        """Pixels of a latent's side."""
+        """Pixels per latent pixel along each side."""
         return _NUMBERS[self.kind].downsample
 
 
 class Autoencoder(Protocol):
-    """The interface; a property of the class, not of a batch, unless said."""
+    """The interface of all autoencoders."""
 
     latent_channels: int
-    downsample: int  # pixels of a latent's side
-    scale: float  # scaled latents over the network's own
+    downsample: int  # pixels per latent pixel along each side
+    scale: float  # scaled latents = scale · the VAE's own latents
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] → scaled latents (B, C, H/f, W/f): a sample of the posterior by standard
-        normal `noise` of the latents' shape, or its mean without."""
+        """Pixels (B, 3, H, W) in [-1, 1] → scaled latents (B, C, H/f, W/f): a sample of the posterior, drawn with the
+        standard normal `noise` of the latents' shape, or without it the posterior's mean."""
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels → mean and standard deviation of the posterior of the scaled latents, each (B, C, H/f, W/f)."""
@@ -63,7 +63,7 @@ class Autoencoder(Protocol):
         """Move it, in place."""
 
     def save_memory(self) -> "Autoencoder":
-        """Trade speed for memory from now on: pictures one by one, large ones in tiles."""
+        """Trade speed for memory from now on: process images one by one, and large ones in tiles."""
 
 
 class IdentityAutoencoder:
@@ -89,25 +89,25 @@ class IdentityAutoencoder:
         return self
 
 
-# what has a kind's `latent_channels` and `downsample` without its weights
+# kind → an object with its `latent_channels` and `downsample`, without weights
 _NUMBERS = {"identity": IdentityAutoencoder, "kl": VaeConfig()}
 
 
 def load_autoencoder(
     config: AutoencoderConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder itself, its weights read; for its numbers alone ask the config.
+    """Load the autoencoder with its weights; if only its properties are needed, the config has them.
 
     Raises:
-        InputError: no VAE there, or not the one that the config means.
+        InputError: there is no VAE, or it is not the one that the config describes.
     """
     if config.kind == "identity":
         return IdentityAutoencoder()
     vae = VaeAutoencoder.from_pretrained(config.source, dtype=dtype, device=device)
     if config.scale is not None and not math.isclose(vae.scale, config.scale, rel_tol=1e-6):
         raise InputError(
-            f"vae.source {config.source} has scaling factor {vae.scale}, vae.scale is {config.scale}: "
-            "these latents come from another VAE"
+            f"vae.source {config.source} has scaling factor {vae.scale}, but vae.scale is {config.scale}: "
+            "the latents come from another VAE"
         )
     if (vae.latent_channels, vae.downsample) != (config.latent_channels, config.downsample):
         raise InputError(

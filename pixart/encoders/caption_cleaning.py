@@ -1,7 +1,7 @@
-"""Cleaning of captions, as PixArt-α's text encoder saw them in training and expects them in sampling.
+"""Cleaning of captions as in the training of PixArt-α, which therefore expects it in sampling, too.
 
-The rules are DeepFloyd IF's, which α took over and applies twice; Σ does not clean. They are odd in places, and kept
-so: the released weights were trained on what they leave.
+The rules are those of DeepFloyd IF, which PixArt-α adopted and applies twice; PixArt-Σ does not clean captions. Some
+rules are odd, but they are kept as they are, since the released weights were trained with them.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ _JOINERS = re.compile("[-_]")
 
 
 def clean_caption(caption: str) -> str:
-    """A caption as PixArt-α feeds it to T5: lower case, without links, marks-up, codes and shop phrases; twice cleaned.
+    """A caption as PixArt-α feeds it to T5: lower case, without links, markup, codes and shop phrases; cleaned twice.
 
     Raises:
         InputError: ftfy or beautifulsoup4 is not installed.
@@ -87,7 +87,7 @@ def _clean_once(caption: str) -> str:
     except ImportError:
         raise missing_extra("ftfy' and 'beautifulsoup4", "text", "cleaning captions") from None
     caption = _apply(_LINKS, unquote_plus(caption).strip().lower())
-    # "<![x" is rejected: no marks to remove then, all of it is text
+    # BeautifulSoup rejects "<![x"; such a caption has no markup to remove
     with warnings.catch_warnings(), contextlib.suppress(ParserRejectedMarkup):
         warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)  # a caption may look like a file name
         caption = BeautifulSoup(caption, features="html.parser").text

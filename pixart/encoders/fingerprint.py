@@ -1,4 +1,4 @@
-"""What tells an encoder's weights from others', in a few characters, for stores and runs that depend on them."""
+"""Fingerprints: short digests of an encoder's weights, by which stores and runs notice that they have changed."""
 
 import hashlib
 
@@ -9,9 +9,9 @@ from pixart.encoders.autoencoder import Autoencoder
 
 
 def fingerprint(module: nn.Module) -> str:
-    """What tells a network's weights from others, whatever file or precision they come in.
+    """A digest of a network's weights that does not depend on their file format or precision.
 
-    Names, shapes and up to 256 values of every tensor, rounded to bf16.
+    It covers names, shapes and up to 256 values of every tensor, rounded to bf16.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):

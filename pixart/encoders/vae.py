@@ -1,8 +1,8 @@
-"""The autoencoder of latent diffusion (arXiv 2112.10752), for the VAE files of Stable Diffusion and SDXL.
+"""The autoencoder of latent diffusion (arXiv 2112.10752), which loads the VAE files of Stable Diffusion and SDXL.
 
     pixels → encoder → quant_conv → mean and log-variance;  latents → post_quant_conv → decoder → pixels
 
-Parameters carry diffusers' names, so its files load as they are.
+Parameters have diffusers' names, so its files load without conversion.
 Letters in shape comments:
     B batch, C channels, H × W size in pixels, Z latent channels, f downsample, h × w = H/f × W/f, N = h·w
 """
@@ -18,21 +18,28 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pixart.arguments import say
 from pixart.config import build
 from pixart.encoders.vae_files import CONFIG, check_state, find_weights, read_settings, read_weights
 from pixart.errors import InputError
 
-# settings of diffusers with one value among the VAEs of SD and SDXL; another means another network
+# settings of diffusers that are the same for all VAEs of SD and SDXL; another value means another network
 _ONLY = {
-    "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
-    "shift_factor": None, "latents_mean": None, "latents_std": None,
-}  # fmt: skip
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+MOST = 2**16  # maximum of any number in a config, so that what is built before the weights are checked stays small
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Everything that makes a VAE; the defaults are SD's, SDXL's differs in `scaling_factor` (0.13025) alone."""
+    """The configuration of a VAE; the defaults are SD's, SDXL's differs only in `scaling_factor` (0.13025)."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -41,20 +48,29 @@ class VaeConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # scaled latents = factor · latents, to have about unit variance
-    force_upcast: bool = True  # not safe in fp16; what diffusers takes a file to mean that does not say
+    force_upcast: bool = True  # not safe in fp16; the default is diffusers' for files that do not say
 
     def __post_init__(self):
-        numbers = {name: (getattr(self, name),) for name in ("in_channels", "out_channels", "latent_channels",
-                   "layers_per_block", "norm_num_groups", "scaling_factor")}  # fmt: skip
+        numbers = {
+            name: (getattr(self, name),)
+            for name in (
+                "in_channels",
+                "out_channels",
+                "latent_channels",
+                "layers_per_block",
+                "norm_num_groups",
+                "scaling_factor",
+            )
+        }
         for name, values in {**numbers, "block_out_channels": self.block_out_channels}.items():
-            if not values or not min(values) > 0:  # a NaN fails too
-                raise InputError(f"{name}: got {getattr(self, name)}, expected positive numbers")
+            if not values or not all(0 < value <= MOST for value in values):  # refuses NaN, too
+                raise InputError(f"{name}: got {say(getattr(self, name))}, expected positive numbers up to {MOST}")
         if odd := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             raise InputError(f"block_out_channels {odd}: not multiples of norm_num_groups {self.norm_num_groups}")
 
     @property
     def downsample(self) -> int:
-        """f, pixels of a latent's side."""
+        """f, pixels per latent pixel along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -62,23 +78,25 @@ class VaeConfig:
         """From a `config.json` of diffusers.
 
         Raises:
-            InputError: another class of autoencoder, or a setting that this network does not have.
+            InputError: it is another class of autoencoder, or has a setting that this network does not support.
         """
         if (name := settings.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
             raise InputError(f"_class_name: got {name}, expected AutoencoderKL")
-        # sample_size is where diffusers begins to tile, nothing of the network's
+        # sample_size is the size above which diffusers tiles, not a property of the network
         settings = {key: value for key, value in settings.items() if key[0] != "_" and key != "sample_size"}
         for key, only in _ONLY.items():
             if (value := settings.pop(key, only)) != only:
-                raise InputError(f"{key}: got {value!r}, only {only!r} is supported")
+                raise InputError(f"{key}: got {say(value)}, only {say(only)} is supported")
         for key, only in _BLOCK_TYPES.items():
-            if other := set(settings.pop(key, ())) - {only}:
-                raise InputError(f"{key}: got {', '.join(map(str, other))}, only {only} is supported")
+            value = settings.pop(key, ())
+            other = [kind for kind in value if kind != only] if isinstance(value, (list, tuple)) else [value]
+            if other:
+                raise InputError(f"{key}: got {say(other[0])}, only {only} is supported")
         return build(cls, settings)
 
 
 class Resnet(nn.Module):
-    """Two normalised convolutions around a skip; (B, C_in, H, W) → (B, C_out, H, W)."""
+    """Two normalised convolutions with a skip connection; (B, C_in, H, W) → (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -94,7 +112,7 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head of self-attention among all positions, with a skip; (B, C, h, w) → the same."""
+    """Self-attention with one head among all positions, with a skip connection; (B, C, h, w) → the same."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -107,7 +125,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")  # (B, 1, N, C)
         tokens = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        # the first summand's memory layout, channels last, is that of all that follows: the same bits as diffusers
+        # the sum takes the memory layout of its first term (channels last), as in diffusers: the same bits
         return rearrange(self.to_out[0](tokens), "b 1 (h w) c -> b c h w", h=x.shape[2]) + x
 
 
@@ -117,7 +135,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # at the right and the bottom only, as the weights were trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only right and bottom, as in training
 
 
 class Upsample(nn.Module):
@@ -130,7 +148,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, then the step to the next."""
+    """Residual blocks at one size, then down- or upsampling to the next."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, groups: int, *, down=False, up=False):
         super().__init__()
@@ -201,7 +219,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The network, in its own units: latents are not scaled here."""
+    """The network itself, with unscaled latents."""
 
     def __init__(self, config: VaeConfig):
         super().__init__()
@@ -221,16 +239,16 @@ class AutoencoderKL(nn.Module):
 
 
 class VaeAutoencoder:
-    """A frozen VAE as an `Autoencoder`: pixels [-1, 1] ↔ scaled latents, whatever the weights' dtype in fp32.
+    """A frozen VAE as an `Autoencoder`: pixels [-1, 1] ↔ scaled latents, both in fp32 whatever the weights' dtype.
 
-    SDXL's VAE overflows in fp16 in its decoder: take bf16 or fp32 (see `from_pretrained`'s `upcast`). Autocast around
-    a call has no effect. Results depend on batch and tiles only as `save_memory` says.
+    The decoder of SDXL's VAE overflows in fp16: use bf16 or fp32 (see `upcast` of `from_pretrained`). Autocast around
+    a call has no effect. For the effect of batches and tiles on results, see `save_memory`.
     """
 
     def __init__(self, model: AutoencoderKL):
         config = model.config
         if (config.in_channels, config.out_channels) != (3, 3):
-            raise InputError(f"a VAE of {config.in_channels} → {config.out_channels} channels: expected RGB, 3 → 3")
+            raise InputError(f"a VAE with {config.in_channels} → {config.out_channels} channels: expected RGB, 3 → 3")
         self.model = model.eval().requires_grad_(False)
         self.latent_channels, self.downsample = config.latent_channels, config.downsample
         self.scale = config.scaling_factor
@@ -238,19 +256,24 @@ class VaeAutoencoder:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-        subfolder: str | None = None, upcast: bool | None = None,
-    ) -> "VaeAutoencoder":  # fmt: skip
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        subfolder: str | None = None,
+        upcast: bool | None = None,
+    ) -> "VaeAutoencoder":
         """Load a VAE as diffusers saves it: `config.json` beside `diffusion_pytorch_model.safetensors` or `.bin`.
 
         Args:
             source: a folder, a weights file, or a Hub id (owner/name, or owner/name/subfolder) that is cached or
                 reachable.
-            upcast: with `dtype` fp16, run in fp32 nevertheless; by default as the file's `force_upcast` says, which
-                a file that does not say means too. `False` is for files made for fp16.
+            upcast: run in fp32 even if `dtype` is fp16. The default is the file's `force_upcast`, or True if the file
+                does not say. `False` is for files made for fp16.
 
         Raises:
-            InputError: nothing there, a config that is not supported, or weights that do not fit it.
+            InputError: there is no VAE, its config is not supported, or its weights do not fit the config.
         """
         path = find_weights(str(source), subfolder)
         settings = read_settings(path.parent / CONFIG)
@@ -258,9 +281,13 @@ class VaeAutoencoder:
             config = VaeConfig.from_diffusers(settings)
         except InputError as error:
             raise InputError(f"{path.parent / CONFIG}: {error}") from None
+        state = read_weights(path)
+        if (layers := config.layers_per_block * len(config.block_out_channels)) > len(state):
+            raise InputError(
+                f"{path.parent / CONFIG}: describes {layers} layers, but {path.name} has {len(state)} tensors"
+            )
         with torch.device("meta"):
             model = AutoencoderKL(config)
-        state = read_weights(path)
         _rename_old_attention(model, state, "")
         check_state(model, state, path)
         model.load_state_dict(state, strict=True, assign=True)
@@ -270,7 +297,7 @@ class VaeAutoencoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The precision in which it computes."""
         return self.model.quant_conv.weight.dtype
 
     def to(self, device: torch.device | str) -> "VaeAutoencoder":
@@ -281,9 +308,10 @@ class VaeAutoencoder:
         """Trade speed for memory from now on.
 
         Args:
-            slices: one image at a time; the same result.
-            tile: side in pixels of the tiles that larger images are cut into, overlapping by a quarter or more and
-                blended linearly; None is no tiles. A tile sees nothing outside itself, so colours may shift a little.
+            slices: process one image at a time; the result is the same.
+            tile: side in pixels of the tiles into which larger images are cut; they overlap by at least a quarter and
+                are blended linearly. None turns tiling off. A tile does not see its surroundings, so colours may shift
+                slightly.
         """
         if tile is not None and (tile % self.downsample or tile < 4 * self.downsample):
             raise InputError(
@@ -300,7 +328,7 @@ class VaeAutoencoder:
         return self.scale * mean, self.scale * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """As `Autoencoder.encode`."""
+        """See `Autoencoder.encode`."""
         mean, std = self.moments(pixels)
         if noise is None:
             return mean
@@ -310,12 +338,12 @@ class VaeAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As `Autoencoder.decode`."""
+        """See `Autoencoder.decode`."""
         _check_input("latents", latents, self.latent_channels, 1)
         return self._run(self.model.decode, latents.float() / self.scale, 1, self.downsample)
 
     def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, unit_in: int, unit_out: int) -> Tensor:
-        """`network` over x in slices and tiles; units are the pixels, in its input and output, of a latent's side."""
+        """Apply `network` to x in slices and tiles; the units are pixels per latent pixel in its input and output."""
         dtype = self.dtype
 
         def run(part: Tensor) -> Tensor:
@@ -325,14 +353,15 @@ class VaeAutoencoder:
             return blend_tiles(run, part, self.tile // self.downsample, unit_in, unit_out)
 
         function = run if self.tile is None else run_tiles
-        with torch.autocast(x.device.type, enabled=False):  # its fp16 would overflow
+        with torch.autocast(x.device.type, enabled=False):  # fp16 would overflow
             return torch.cat([function(image) for image in x.split(1)]) if self.slices else function(x)
 
 
 def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit_in: int, unit_out: int) -> Tensor:
-    """Apply `function` to overlapping tiles of x (B, C, h·unit_in, w·unit_in), tile × tile of h × w each.
+    """Apply `function` to overlapping tiles of x (B, C, h·unit_in, w·unit_in), each tile × tile in units of h × w.
 
-    Weights rise linearly from a tile's inner edges over a quarter of it and are divided by their sum.
+    A tile's weights rise linearly from its inner edges over a quarter of its side; overlapping weights are normalised
+    by their sum.
 
     Returns:
         (B, C', h·unit_out, w·unit_out), where `function` maps unit_in to unit_out.
@@ -353,7 +382,7 @@ def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit
 
 
 def _spans(length: int, tile: int, unit: int) -> list[tuple[int, int, Tensor]]:
-    """Start, end and weights (of (end - start)·unit) of evenly spread tiles that overlap by a quarter or more."""
+    """Start, end and weights ((end - start)·unit of them) of evenly spaced tiles that overlap by at least a quarter."""
     if length <= tile:
         return [(0, length, torch.ones(length * unit))]
     overlap = tile // 4
@@ -372,7 +401,7 @@ def _check_input(name: str, x: Tensor, channels: int, multiple: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise InputError(f"{name}: got shape {tuple(x.shape)}, expected (B, {channels}, H, W)")
     if not x.is_floating_point():
-        raise InputError(f"{name}: got {x.dtype}, expected floating point, pixels in [-1, 1]")
+        raise InputError(f"{name}: got {x.dtype}, expected floating point values (pixels in [-1, 1])")
     if not x.shape[2] or not x.shape[3] or x.shape[2] % multiple or x.shape[3] % multiple:
         raise InputError(f"{name}: size {x.shape[2]} × {x.shape[3]}: both sides must be multiples of {multiple}")
 
@@ -382,11 +411,12 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 def _rename_old_attention(_model: AutoencoderKL, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """Files of diffusers before 0.17 (sd-vae-ft-ema's) name the attention otherwise, some hold 1 × 1 convolutions."""
+    """Rename attention tensors of diffusers before 0.17 (e.g. sd-vae-ft-ema); some files hold them as 1 × 1
+    convolutions."""
     for name in [name for name in state if name.startswith(prefix)]:
         if match := _ATTENTION.fullmatch(name):
             tensor, new = state[name], f"{match[1]}{_OLD_NAMES.get(match[2], match[2])}.{match[3]}"
             if new != name and new in state:
-                continue  # both names: the strict load says so
+                continue  # both names are there: the strict load will say so
             del state[name]
             state[new] = tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor

@@ -1,14 +1,12 @@
-"""Where a VAE's files are, and what is in them: diffusers' layout in a folder, a file or a Hub repository."""
+"""Finding and reading a VAE's files, in diffusers' layout: a folder, a file or a Hub repository."""
 
-import pickle
 import re
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pixart.encoders.tensor_files import check_tensors, find_variant, load_torch, sniff
 from pixart.errors import InputError
 from pixart.files import read_json
 
@@ -16,11 +14,11 @@ CONFIG, WEIGHTS = "config.json", ("diffusion_pytorch_model.safetensors", "diffus
 
 
 def find_weights(source: str, subfolder: str | None) -> Path:
-    """The weights file that a folder, a file or a Hub id means."""
+    """The weights file for a folder, a file or a Hub id."""
     path, inside = Path(source), subfolder or ""
     if path.is_file():
-        if inside or path.suffix not in (".safetensors", ".bin"):
-            raise InputError(f"VAE {path}: expected a .safetensors or .bin file and no subfolder, or a folder")
+        if inside:
+            raise InputError(f"VAE {path}: a file has no subfolder {inside}")
         return path
     if not path.is_dir():
         match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", source)
@@ -31,29 +29,33 @@ def find_weights(source: str, subfolder: str | None) -> Path:
         folder = (path if path.is_dir() else _fetch(match[1], inside, file)) / inside
         if (folder / file).is_file():
             return folder / file
+    if (variant := find_variant(folder, [WEIGHTS[0].partition(".")[0]])) is not None:
+        return variant[0]
     hint = "; there is a VAE in its subfolder 'vae'" if (folder / "vae" / CONFIG).is_file() else ""
     raise InputError(f"VAE '{source}': expected {' or '.join(WEIGHTS)} in {folder}{hint}")
 
 
 def read_settings(path: Path) -> dict:
-    """A VAE's `config.json` as it stands there."""
+    """A VAE's `config.json`, unchanged."""
     return read_json(path, what="the VAE's config", expected="the settings of a VAE")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        kind = sniff(path)
+        state = load_file(path) if kind == "safetensors" else load_torch(path, kind)
+    except InputError:
+        raise
+    except Exception as error:  # the readers raise any kind on damaged files
         raise InputError(f"{path}: the VAE's weights cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path}: expected a VAE's tensors by name, got something else")
+    check_tensors(state, path)
     return state
 
 
 def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Compare names and shapes with the network's; one error with the first of those that differ."""
+    """Compare names and shapes with the network's; one error lists the first differences."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [
@@ -67,7 +69,7 @@ def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _fetch(repository: str, inside: str, file: str) -> Path:
-    """Download what is not cached of a Hub repository's config and weights `file` → the cached folder."""
+    """Download config and weights `file` of a Hub repository, unless cached → the cached folder."""
     from huggingface_hub import snapshot_download
 
     patterns = [f"{inside}/{name}" if inside else name for name in (CONFIG, file)]

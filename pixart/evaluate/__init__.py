@@ -1,1 +1,1 @@
-"""What a model's images or denoising are worth, as numbers. Nothing of the training loop may enter it."""
+"""Scores of a model's images and of its denoising. Nothing of the training loop may enter it."""

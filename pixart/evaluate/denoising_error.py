@@ -1,4 +1,4 @@
-"""The error of clean images, by which runs of any objective can be compared."""
+"""The denoising error on held-out images, which can be compared between runs with any objective."""
 
 import math
 
@@ -12,15 +12,17 @@ BY_RATIO = {ratio: f"{KEY}_{ratio:g}" for ratio in RATIOS}
 
 
 class DenoisingError(PerImage):
-    """See `denoising_errors`: at every ratio of noise to signal, and the geometric mean of these."""
+    """`denoising_errors` at every noise-to-signal ratio, and their geometric mean."""
 
-    declaration = Declaration((
-        Score(KEY, "error of clean images, comparable between runs: geometric mean over the ratios", "lower"),
-        *(
-            Score(key, "the same at every ratio of noise to signal", "lower", part=f"at {ratio:g}", log=True)
-            for ratio, key in BY_RATIO.items()
-        ),
-    ))  # fmt: skip
+    declaration = Declaration(
+        (
+            Score(KEY, "error of clean images, comparable between runs: geometric mean over the ratios", "lower"),
+            *(
+                Score(key, "the same at every ratio of noise to signal", "lower", part=f"at {ratio:g}", log=True)
+                for ratio, key in BY_RATIO.items()
+            ),
+        )
+    )
     rows = len(RATIOS)
 
     def measure(self, held: HeldOut) -> Tensor:
@@ -33,7 +35,7 @@ class DenoisingError(PerImage):
 
     @classmethod
     def reread(cls, row: dict) -> dict:
-        """Earlier versions logged the plain mean, which must not be compared with the geometric one."""
+        """Earlier versions logged the arithmetic mean, which must not be compared with the geometric mean."""
         errors = [row[key] for key in BY_RATIO.values() if key in row]
         if not errors:
             return {}

@@ -1,17 +1,17 @@
-"""The loss on held-out data, with all terms of the objective."""
+"""The loss on held-out images, with all terms of the objective."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from pixart.diffusion.timestep_bins import quarter_means, sum_by_quarter
+from pixart.diffusion.timestep_bins import bin_means, sum_by_bin
 from pixart.errors import InputError
 from pixart.evaluate.metric import Declaration, HeldOut, Metric, Processes, Score, Subject
 
 
 class Loss(Metric):
-    """What a run minimises: in all, by quarter of its times, and the objective's other terms."""
+    """The loss: overall, in timestep bins, and the objective's other terms."""
 
     declaration = Declaration((Score("validation_loss", "validation loss", "lower"),), of_objective=True)
 
@@ -22,7 +22,7 @@ class Loss(Metric):
 
     def add(self, held: HeldOut) -> None:
         losses = self.subject.objective(self.subject.network, held.example)
-        self.sums += sum_by_quarter(losses["loss"], held.example.time, held.weight)
+        self.sums += sum_by_bin(losses["loss"], held.example.time, held.weight)
         for name, values in losses.items():
             if name != "loss":
                 total = torch.where(held.weight > 0, values.float(), 0.0).sum()
@@ -31,8 +31,8 @@ class Loss(Metric):
     def result(self, processes: Processes) -> dict[str, float]:
         sums = processes.reduce(self.sums)
         total, count = sums.sum(1).tolist()
-        count = count or math.nan  # nothing was held out, or none of it could be read
-        row = {"validation_loss": total / count, **quarter_means(sums, "validation_loss")}
+        count = count or math.nan  # NaN if no image was held out, or none could be read
+        row = {"validation_loss": total / count, **bin_means(sums, "validation_loss")}
         if taken := [name for name in self.terms if f"validation_{name}" in row]:
             raise InputError(f"objective: its term '{taken[0]}' has the name of another metric; rename it")
         terms = {name: processes.reduce(value).item() / count for name, value in self.terms.items()}

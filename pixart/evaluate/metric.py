@@ -1,4 +1,4 @@
-"""The contract of a metric: what it declares, what it is shown, and what it reports."""
+"""The contract of a metric: what it declares, what it receives, and what it reports."""
 
 import math
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from pixart.diffusion.objective import Example, Objective
 from pixart.errors import InputError
 
-# what a metric may need: the held-out data of a run, images that were generated for prompts, the network alone
+# what a metric may need: the held-out data of a run, images drawn for prompts, or only the network
 NEEDS = ("held_out", "images", "network")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a metric, as logs, summaries, tables and plots know it."""
+    """One number of a metric, as used by logs, summaries, tables and plots."""
 
     key: str  # its name in metrics.jsonl
-    label: str  # what it is: the title of its panel in plots
-    better: Literal["lower", "higher"] | None = None  # None: neither, so that no value of it is the best
+    label: str  # a description: the title of its panel in plots
+    better: Literal["lower", "higher"] | None = None  # None: neither, so there is no best value
     unit: str = ""
-    # of one of several numbers that the score before them is made of: its name among them. Parts of one label share a
-    # panel, and have a column but no best value; scores without it are headlines
+    # a score with a `part` is a component of the last score without one (a headline), and `part` is its name among the
+    # components. Components with the same label share a panel; they have a column in tables but no best value
     part: str = ""
     log: bool = False  # drawn on a logarithmic axis
 
@@ -35,11 +35,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Declaration:
-    """All that is known of a metric where its numbers are shown; a run keeps it in `metrics.json`."""
+    """The description of a metric for logs, tables and plots; a run stores it in `metrics.json`."""
 
-    scores: tuple[Score, ...]  # the first is what the metric is judged by; numbers beyond these are logged, not shown
-    needs: tuple[str, ...] = ("held_out",)  # of NEEDS
-    of_objective: bool = False  # it measures what a run minimises, and so another thing with another objective
+    scores: tuple[Score, ...]  # the first is the main one; further numbers that a metric reports are logged, not shown
+    needs: tuple[str, ...] = ("held_out",)  # a subset of NEEDS
+    of_objective: bool = False  # it depends on the training objective, so it cannot be compared between objectives
 
     def __post_init__(self):
         if other := [need for need in self.needs if need not in NEEDS]:
@@ -50,8 +50,8 @@ class Declaration:
 class Subject:
     """What is measured."""
 
-    network: nn.Module  # the averaged weights
-    objective: Objective  # with its trained modules' averages; holds schedule and `DiffusionConfig`
+    network: nn.Module  # with the averaged weights
+    objective: Objective  # with averaged weights of its trained modules; has the schedule and `DiffusionConfig`
     device: torch.device
 
 
@@ -59,63 +59,63 @@ class Subject:
 class HeldOut:
     """A batch of B held-out images."""
 
-    example: Example  # no caption is dropped; times and noise are the same at every validation
-    weight: Tensor  # (B,) 1, or 0 for an image that does not count, whose numbers may be anything
-    network: Callable[[Tensor, Tensor], Tensor]  # network(x_t, t), with captions and conditions
+    example: Example  # without caption dropout; times and noise are the same in every validation
+    weight: Tensor  # (B,) 1, or 0 for an image that does not count, whose values are arbitrary
+    network: Callable[[Tensor, Tensor], Tensor]  # network(x_t, t); captions and conditions are already bound
 
 
 class Processes(Protocol):
-    """All processes of a job, as accelerate's `Accelerator` has them."""
+    """Collective operations of a job, as in accelerate's `Accelerator`."""
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, of tensors of one shape."""
+        """The sum over all processes of tensors with equal shapes."""
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, one after another, of tensors of one shape."""
+        """The concatenated rows of all processes, of tensors with equal shapes."""
 
 
 class Metric:
-    """A measure under a name of `pixart.evaluate.metrics.METRICS`, `METRICS.register("mine")(Mine)`.
+    """Base class of metrics, registered as `METRICS.register("mine")(Mine)` (`pixart.evaluate.metrics`).
 
-    An object lives as long as a run and measures again and again: `begin`, `add` for every batch, `result`. What is
-    costly to make is made in `begin` when it is first needed. A text after a colon, as in `mine:0.5`, is given to the
-    constructor, which sets `declaration` if that depends on it.
+    An object lives as long as a run and is used for every validation: `begin`, then `add` for every batch, then
+    `result`. Expensive resources should be created in the first `begin`. The text after a colon in a metric's name, as
+    in `mine:0.5`, is passed to the constructor, which then also sets `declaration` if it depends on it.
     """
 
     declaration: Declaration
 
     def begin(self, subject: Subject) -> None:
-        """Forget what was added, and measure `subject` from now on."""
+        """Reset, and measure `subject` from now on."""
         self.subject = subject
 
     def add(self, held: HeldOut) -> None:
-        """Take in a batch, if "held_out" is needed; without gradients and under the run's autocast.
+        """Add a batch (for metrics that need "held_out"); called without gradients, under the run's autocast.
 
-        All processes call it equally often, since a sharded network needs all of them: one that has no batch left gets
-        one of weight 0. Sums stay on the device, which nothing here may wait for.
+        All processes call it equally often, because a sharded network needs all of them; a process without a batch left
+        gets one of weight 0. Sums must stay on the device: nothing here may synchronise it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no add")
 
     def result(self, processes: Processes) -> dict[str, float]:
-        """Numbers by their names in metrics.jsonl, over all processes, which all call it: every score's, NaN where
-        there is nothing to measure, and others that are worth logging."""
+        """Numbers over all processes, by their names in metrics.jsonl: every declared score, NaN if there was nothing
+        to measure, and any others to be logged. All processes call it."""
         raise NotImplementedError(f"{type(self).__name__} has no result")
 
     @classmethod
     def reread(cls, row: dict) -> dict:
-        """What of a logged row must be replaced because an earlier version meant something else by it."""
+        """Replacements for values of a logged row whose meaning was different in an earlier version."""
         return {}
 
 
 class PerImage(Metric):
-    """A metric that is a mean over images: `measure` is all that it needs."""
+    """A metric that is a mean over images; a subclass only defines `measure`."""
 
     @property
     def rows(self) -> int:
         return len(self.declaration.scores)
 
     def measure(self, held: HeldOut) -> Tensor:
-        """Numbers (rows, B), a row for each score, or (B,) for a single one."""
+        """Values (rows, B), one row per score; or (B,) for a single score."""
         raise NotImplementedError(f"{type(self).__name__} has no measure")
 
     def begin(self, subject: Subject) -> None:
@@ -124,12 +124,12 @@ class PerImage(Metric):
         self._count = torch.zeros((), device=subject.device)
 
     def add(self, held: HeldOut) -> None:
-        # where, not a product: what does not count may be NaN
+        # torch.where, not a product: values that do not count may be NaN
         self._sums += torch.where(held.weight > 0, self.measure(held).float(), 0.0).sum(-1)
         self._count += held.weight.sum()
 
     def means(self, processes: Processes) -> list[float]:
-        """Over all images of all processes, NaN without any."""
+        """Means over all images of all processes; NaN if there are none."""
         sums, count = processes.reduce(self._sums), processes.reduce(self._count).item()
         return (sums / (count or math.nan)).tolist()
 

@@ -1,43 +1,55 @@
-"""Metrics by name: a new one is a file of its own and a line here."""
+"""Metrics by name; a new one is a file and a line here."""
 
 from collections.abc import Iterable, Mapping
 
 from pixart.errors import InputError
+from pixart.evaluate.clip_score import ClipScore
+from pixart.evaluate.compositional import Compositional
 from pixart.evaluate.denoising_error import DenoisingError
+from pixart.evaluate.feature_metrics import FID, KID, PRDC, Frechet
 from pixart.evaluate.loss import Loss
 from pixart.evaluate.metric import Metric, Processes
 from pixart.registry import Registry
 
 METRICS: Registry[type[Metric]] = Registry("train.metrics")
-for _name, _kind in (("loss", Loss), ("denoising_error", DenoisingError)):
+for _name, _kind in (
+    ("loss", Loss),
+    ("denoising_error", DenoisingError),
+    ("fid", FID),
+    ("frechet", Frechet),
+    ("kid", KID),
+    ("prdc", PRDC),
+    ("clip_score", ClipScore),
+    ("compositional", Compositional),
+):
     METRICS.register(_name)(_kind)
 
 
-def make_metrics(names: Iterable[str]) -> dict[str, Metric]:
-    """Metrics by names, each perhaps with an argument, `NAME:ARGUMENT`.
+def make_metrics(names: Iterable[str], setting: str = METRICS.setting) -> dict[str, Metric]:
+    """Make metrics from names, optionally with an argument (`NAME:ARGUMENT`); errors name `setting` as their source.
 
     Raises:
-        InputError: there is none of a name, its constructor takes no argument or needs one, or two report a number
-            under one name.
+        InputError: there is no metric of that name, it takes no argument or requires one, or two metrics report a
+            number under the same name.
     """
     metrics: dict[str, Metric] = {}
     owners: dict[str, str] = {}
     for name in names:
         kind, colon, argument = name.partition(":")
         try:
-            metrics[name] = METRICS[kind](*[argument] * bool(colon))
+            metrics[name] = METRICS.find(kind, setting)(*[argument] * bool(colon))
         except TypeError as error:
-            raise InputError(f"train.metrics: '{name}' cannot be made, as NAME or NAME:ARGUMENT: {error}") from None
+            raise InputError(f"{setting}: '{name}' cannot be made, as NAME or NAME:ARGUMENT: {error}") from None
         for score in metrics[name].declaration.scores:
-            _claim(owners, score.key, name)
+            _claim(owners, score.key, name, setting)
     return metrics
 
 
 def collect(metrics: Mapping[str, Metric], processes: Processes) -> dict[str, float]:
-    """The results of all metrics in one; all processes call it.
+    """The results of all metrics in one dict; all processes call it.
 
     Raises:
-        InputError: two report a number under one name, or one leaves a score out.
+        InputError: two metrics report a number under the same name, or one does not report a declared score.
     """
     found: dict[str, float] = {}
     owners: dict[str, str] = {}
@@ -46,14 +58,14 @@ def collect(metrics: Mapping[str, Metric], processes: Processes) -> dict[str, fl
         if missing := [score.key for score in metric.declaration.scores if score.key not in result]:
             raise InputError(f"metric '{name}' declares '{missing[0]}' and did not report it")
         for key in result:
-            _claim(owners, key, name)
+            _claim(owners, key, name, METRICS.setting)
         found |= result
     return found
 
 
-def _claim(owners: dict[str, str], key: str, name: str) -> None:
+def _claim(owners: dict[str, str], key: str, name: str, setting: str) -> None:
     if owners.setdefault(key, name) != name:
         raise InputError(
-            f"train.metrics: '{owners[key]}' and '{name}' both report '{key}'; take one of them, or rename it (a term "
+            f"{setting}: '{owners[key]}' and '{name}' both report '{key}'; take one of them, or rename it (a term "
             "of the objective is reported as validation_TERM)"
         )

@@ -10,8 +10,13 @@ from pixart.features.extraction import (
     Result,
     extract,
     summarize,
-)  # fmt: skip
+)
 
 __all__ = [
-    "ExtractConfig", "Result", "Share", "convert_official", "extract", "summarize",
-]  # fmt: skip
+    "ExtractConfig",
+    "Result",
+    "Share",
+    "convert_official",
+    "extract",
+    "summarize",
+]

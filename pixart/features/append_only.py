@@ -1,7 +1,8 @@
-"""Append-only files for work that may be killed at any moment: what was appended stays, what was torn is cut away.
+"""Append-only files for work that may be killed at any moment: complete frames are kept, an incomplete last one is cut
+off.
 
-A file is a row of frames: length of the payload (8 bytes, little endian), its blake2b (16 bytes), the payload, which is
-a safetensors file of its own.
+A file is a sequence of frames: length of the payload (8 bytes, little endian), its blake2b digest (16 bytes), and the
+payload, which is itself a safetensors file.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ HEAD = struct.Struct("<Q16s")
 
 
 class PartFile:
-    """Frames of tensors in one file that one process at a time may append to."""
+    """Frames of tensors in one file, to which one process at a time may append."""
 
     def __init__(self, path: Path):
         """Open or create; cut off an incomplete last frame.
@@ -36,23 +37,23 @@ class PartFile:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error})") from None
         try:
-            # a lock of the process, not of the open file: workers that outlive a kill do not hold it
+            # lockf locks belong to the process, not to the open file, so workers that survive a kill do not hold it
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise InputError(
-                f"{path.name} is being written by another process: two extractions into {path.parents[1]}? Wait for "
-                "the other, or give each its share: --rank I --ranks N"
+                f"{path.name} is being written by another process. If another extraction is writing to "
+                f"{path.parents[1]}, wait for it, or give each process its own share: --rank I --ranks N"
             ) from None
         ends = [0, *(end for _, end in self._scan())]
         self.frames = len(ends) - 1
         self._file.truncate(ends[-1])
 
     def append(self, tensors: dict[str, Tensor]) -> None:
-        """Add a frame, on the disk when this returns.
+        """Add a frame, which is on the disk when this returns.
 
         Raises:
-            OSError: the disk is full; the frames before are whole.
+            OSError: e.g. the disk is full; the earlier frames are intact.
         """
         payload = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         end = self._file.seek(0, os.SEEK_END)
@@ -74,16 +75,16 @@ class PartFile:
     def close(self, *, remove: bool = False) -> None:
         if remove:
             self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a full disk, again, for bytes that were given up
+        with contextlib.suppress(OSError):  # a full disk may fail again on bytes that were discarded
             self._file.close()
 
     def _scan(self) -> Iterator[tuple[bytes, int]]:
-        """(payload, where the frame ends) of every whole frame."""
+        """(payload, end offset) of every complete frame."""
         self._file.seek(0)
         while len(head := self._file.read(HEAD.size)) == HEAD.size:
             length, digest = HEAD.unpack(head)
             end = self._file.tell() + length
-            if end > os.fstat(self._file.fileno()).st_size:  # before it is read: a torn length may be anything
+            if end > os.fstat(self._file.fileno()).st_size:  # check before reading: a torn length can be any number
                 return
             payload = self._file.read(length)
             if _digest(payload) != digest:

@@ -1,13 +1,12 @@
-"""Building a feature store by any number of processes, with no coordinator, through any interruption.
+"""Building a feature store by any number of processes, without a coordinator, and resumable after any interruption.
 
-What every file will hold is settled before anything is computed (the plan), so a process needs to know only its share:
-files number rank, rank + ranks, … A file grows as a part of whole batches and is sealed when all are there; whoever
-seals the last one writes the manifest. Batches are the same whatever the share and whatever the kills, so the store is,
-bit for bit.
+The plan fixes what every file will hold before anything is computed, so a process needs to know only its share: files
+number rank, rank + ranks, … While a file is being made, whole batches are appended to its part file; once all are there
+it is sealed. The process that seals the last file writes the manifest. Batches do not depend on the number of processes
+or on interruptions, so the finished store is the same, bit for bit.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +20,16 @@ from torch import Tensor
 from pixart.data.images import Record
 from pixart.errors import InputError
 from pixart.features.append_only import PartFile
-from pixart.features.store import INDEX, PROMPTS, VERSION, caption_file, digest_manifest, join, join_texts, sample_file
-from pixart.files import MANIFEST, digest_file, write_file, write_json
+from pixart.features.plan import check_lost, file_names, generations, locked, shard_count
+from pixart.features.repair import is_sealed, note_file, read_note, unsealed
+from pixart.features.store import DAMAGED, INDEX, VERSION, caption_file, digest_manifest, join, join_texts, sample_file
+from pixart.files import MANIFEST, digest_file, read_json, write_file, write_json
 from pixart.seeds import derive_seed
-
-PLAN, LOCK = "plan.json", ".lock"
 
 
 @dataclass(frozen=True)
 class Share:
-    """Files number rank, rank + ranks, … are this process's."""
+    """A process's share of the files: numbers rank, rank + ranks, …"""
 
     rank: int = 0
     ranks: int = 1
@@ -41,49 +40,27 @@ class Share:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Latents of a batch of records, and those left out."""
+    """Latents of a batch of records, and the records that were left out."""
 
-    good: list[int]  # places in the batch
+    good: list[int]  # positions in the batch
     latents: Tensor  # (len(good), V, 2, C, h, w): mean and standard deviation, scaled
     problems: list[tuple[str, str]]  # (id, reason)
     arrays: dict[str, Tensor] = field(default_factory=dict)  # (len(good), V, …) each
 
 
-def agree(path: Path, facts: dict, what: str, *, free: Sequence[str] = ()) -> None:
-    """Write `facts` if nothing is there yet, else demand the same ones: all processes, and all starts, are of one mind.
-
-    `free` ones may differ, as the place of a model's files does between machines.
-
-    Raises:
-        InputError: another extraction wrote others; names what differs.
-    """
-    facts = json.loads(json.dumps(facts))
-    with locked(path.parent):
-        if not path.exists():
-            write_json(path, facts, indent=1)
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
-    if differing := [
-        f"{key}: {found.get(key)!r} there, {facts.get(key)!r} now"
-        for key in sorted({*found, *facts} - {*free}) if found.get(key) != facts.get(key)
-    ]:  # fmt: skip
-        raise InputError(
-            f"{path.parent} was begun with another {what} ({'; '.join(differing)}); choose another folder for "
-            "data.features, or take the change back"
-        )
-
-
 def write_captions(
-    folder: Path, plan: dict, captions: Sequence[str], share: Share,
-    encode: Callable[[Sequence[str]], list[Tensor]], done: Callable[[int], None],
-) -> None:  # fmt: skip
-    """Encode and seal this share's caption files; `encode`: texts → states (L_i, W) of real tokens each."""
+    folder: Path,
+    plan: dict,
+    captions: Sequence[str | None],
+    share: Share,
+    encode: Callable[[Sequence[str]], list[Tensor]],
+    done: Callable[[int], None],
+) -> None:
+    """Encode and seal this share's caption files; `encode`: texts → states (L_i, W) of each text's real tokens."""
     size, batch_size = plan["captions_per_shard"], plan["caption_batch"]
     for number in share.of(shard_count(len(captions), size)):
-        texts, path = captions[number * size : (number + 1) * size], folder / caption_file(number)
+        texts = [text for text in captions[number * size : (number + 1) * size] if text is not None]
+        path = folder / caption_file(number)
         batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
         with open_part(path) as part:
             if part is None:
@@ -103,21 +80,26 @@ def write_captions(
             seal(path, tensors, len(texts), empty)
 
 
-def sample_batches(plan: dict, records: Sequence[Record], number: int) -> list[list[int]]:
+def sample_batches(plan: dict, records: Sequence[Record | None], number: int) -> list[list[int]]:
     """The batches of sample file `number`, as indices of records: bucket by bucket, in order."""
     size, batch_size = plan["samples_per_shard"], plan["batch"]
     by_bucket: dict[tuple[int, int], list[int]] = {}
     for i in range(number * size, min((number + 1) * size, len(records))):
-        bucket = records[i].bucket
-        by_bucket.setdefault((bucket.height, bucket.width), []).append(i)
+        if (record := records[i]) is not None:
+            by_bucket.setdefault((record.bucket.height, record.bucket.width), []).append(i)
     return [group[i : i + batch_size] for group in by_bucket.values() for i in range(0, len(group), batch_size)]
 
 
 def write_samples(
-    folder: Path, plan: dict, records: Sequence[Record], caption_numbers: dict[str, int], share: Share,
-    encode: Callable[[list[list[int]]], Iterator[EncodedBatch]], done: Callable[[int], None],
-) -> None:  # fmt: skip
-    """Encode and seal this share's sample files; `encode` goes through batches of indices of records."""
+    folder: Path,
+    plan: dict,
+    records: Sequence[Record | None],
+    caption_numbers: dict[str, int],
+    share: Share,
+    encode: Callable[[list[list[int]]], Iterator[EncodedBatch]],
+    done: Callable[[int], None],
+) -> None:
+    """Encode and seal this share's sample files; `encode` takes batches of indices of records."""
     for number in share.of(shard_count(len(records), plan["samples_per_shard"])):
         path, batches = folder / sample_file(number), sample_batches(plan, records, number)
         with open_part(path) as part:
@@ -155,13 +137,11 @@ def _sample_tensors(
     records = [record for record, _ in kept]
     buckets = [(height, width) for _, height, width in plan["buckets"]]
     tensors = {
-        "bucket": torch.tensor(
-            [buckets.index((r.bucket.height, r.bucket.width)) for r in records], dtype=torch.int16
-        ),
+        "bucket": torch.tensor([buckets.index((r.bucket.height, r.bucket.width)) for r in records], dtype=torch.int16),
         "hash": torch.tensor([derive_seed(r.id) for r in records], dtype=torch.int64),
         "size": torch.tensor([(r.height, r.width) for r in records], dtype=torch.int32).view(-1, 2),
         "caption_weight": torch.tensor([w for r in records for w in r.weights], dtype=torch.float64),
-    }  # fmt: skip
+    }
     dtype = getattr(torch, plan["latent_dtype"])
     tensors["latents"], tensors["latent_start"] = join(
         [values["latents"].flatten() for _, values in kept] or [torch.empty(0, dtype=dtype)]
@@ -183,7 +163,7 @@ def _sample_tensors(
 
 @contextlib.contextmanager
 def open_part(path: Path) -> Iterator[PartFile | None]:
-    """The part of a file that is to be sealed, or None if it is."""
+    """The part file of a store's file, or None if that is sealed already."""
     part = PartFile(path.parent / "parts" / f"{path.stem}.part")
     sealed = is_sealed(path)
     try:
@@ -198,13 +178,13 @@ def append(part: PartFile, tensors: dict[str, Tensor]) -> None:
         part.append(tensors)
     except OSError as error:
         raise InputError(
-            f"{part.path}: cannot be written ({error}); what was done before is safe: make room, and start the same "
+            f"{part.path}: cannot be written ({error}); finished work is safe: free some space, then run the same "
             "command again"
         ) from None
 
 
 def seal(path: Path, tensors: dict[str, Tensor], count: int, problems: Sequence) -> None:
-    """Write a finished file, then the note that it is finished."""
+    """Write a finished file, then the note that says so."""
     try:
         write_file(path, lambda partial: save_file(tensors, partial))
         note_file(path, count, problems)
@@ -212,64 +192,19 @@ def seal(path: Path, tensors: dict[str, Tensor], count: int, problems: Sequence)
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise InputError(
-            f"{path}: cannot be written ({error}); what was done before is safe: make room, and start the same command "
+            f"{path}: cannot be written ({error}); finished work is safe: free some space, then run the same command "
             "again"
         ) from None
-
-
-def note_file(path: Path, count: int, problems: Sequence, **more: str) -> None:
-    """Write beside a file what it is: then it is sealed."""
-    note = {"bytes": path.stat().st_size, "blake2b": digest_file(path), "count": count, "problems": list(problems)}
-    write_json(path.with_suffix(".json"), {**note, **more}, indent=1)
-
-
-def is_sealed(path: Path) -> bool:
-    note = read_note(path)
-    return note is not None and path.exists() and path.stat().st_size == note["bytes"]
-
-
-def read_note(path: Path) -> dict | None:
-    try:
-        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def shard_count(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "w")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error})") from None
-    with file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 # --------------------------------------------------------------------------------------------------------- the manifest
 
 
-def unsealed(folder: Path, plan: dict) -> list[str]:
-    """Names of the files that are not there yet."""
-    return [name for name in file_names(plan) if not is_sealed(folder / name)]
-
-
-def file_names(plan: dict) -> list[str]:
-    samples = [sample_file(i) for i in range(shard_count(plan["samples"], plan["samples_per_shard"]))]
-    captions = [caption_file(i) for i in range(shard_count(plan["captions"], plan["captions_per_shard"]))]
-    return [*captions, PROMPTS, *samples]
-
-
 def finish(folder: Path, plan: dict, problems: Sequence[tuple[str, str]]) -> dict | None:
-    """Write index and manifest if every file is sealed; else None. Any process may, and the last one does.
+    """Write index and manifest if every file is sealed, else return None. All processes call it, and the last one to
+    finish writes.
 
-    `problems` are those of the scan; the manifest lists them with those met on the way.
+    `problems` are those found by the scan; the manifest lists them together with those found while encoding.
     """
     if unsealed(folder, plan):
         return None
@@ -278,15 +213,22 @@ def finish(folder: Path, plan: dict, problems: Sequence[tuple[str, str]]) -> dic
         _write_index(folder, plan)
         files = {name: {key: note[key] for key in ("bytes", "blake2b")} for name, note in notes.items()}
         files[INDEX] = {"bytes": (folder / INDEX).stat().st_size, "blake2b": digest_file(folder / INDEX)}
-        facts = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("vae", "text")}
+        for name in ("vae.json", "text.json"):
+            if not (folder / name).exists():
+                check_lost(folder, name)
+        facts = {name: read_json(folder / f"{name}.json") for name in ("vae", "text")}
         manifest = {
-            "version": VERSION, **plan, **facts,
+            "version": VERSION,
+            **plan,
+            **facts,
+            "captions": sum(part["captions"] for part in generations(plan)),
             "samples": sum(note["count"] for name, note in notes.items() if name.startswith("samples-")),
             "problems": [*problems, *(problem for note in notes.values() for problem in note["problems"])],
             "files": files,
-        }  # fmt: skip
+        }
         manifest["checksum"] = digest_manifest(manifest)
         write_json(folder / MANIFEST, manifest, indent=1)
+        (folder / DAMAGED).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             os.rmdir(folder / "parts")
     return manifest
@@ -296,8 +238,8 @@ def _write_index(folder: Path, plan: dict) -> None:
     from safetensors import safe_open
 
     columns: dict[str, list[Tensor]] = {"bucket": [], "hash": []}
-    for i in range(shard_count(plan["samples"], plan["samples_per_shard"])):
-        with safe_open(folder / sample_file(i), framework="pt") as file:
+    for shard in (name for name in file_names(plan) if name.startswith("samples-")):
+        with safe_open(folder / shard, framework="pt") as file:
             for name, parts in columns.items():
                 parts.append(file.get_tensor(name))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}

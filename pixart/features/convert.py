@@ -10,38 +10,36 @@ from tqdm import tqdm
 
 from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
-from pixart.encoders.autoencoder import AutoencoderConfig, load_autoencoder
+from pixart.encoders.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
-from pixart.features.build import (
-    PLAN,
-    EncodedBatch,
-    Share,
-    agree,
-    finish,
-    locked,
-    note_file,
-    unsealed,
-    write_captions,
-    write_samples,
-)  # fmt: skip
+from pixart.features.build import EncodedBatch, Share, finish, write_captions, write_samples
 from pixart.features.extraction import ExtractConfig, Result, describe_vae, make_plan
 from pixart.features.official import OfficialFeatures
+from pixart.features.plan import agree, locked, settle, sort_captions, working
+from pixart.features.repair import mend, note_file, unsealed
 from pixart.features.store import PROMPTS, UNKNOWN
 from pixart.files import write_file
 
 
 def convert_official(
-    source: str | Path, data: DataConfig, table: list[Bucket], vae: AutoencoderConfig, text: TextConfig,
-    options: ExtractConfig, *, share: Share | None = None, say: Callable[[str], None] = print,
-) -> Result:  # fmt: skip
-    """Write this share of the store `data.features` from an official feature folder, as `extract` does from pictures.
+    source: str | Path,
+    data: DataConfig,
+    table: list[Bucket],
+    vae: AutoencoderConfig,
+    text: TextConfig,
+    options: ExtractConfig,
+    *,
+    share: Share | None = None,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Write this share of the store `data.features` from an official feature folder, as `extract` does from images.
 
-    The autoencoder is needed for its scaling factor, which the official files lack. Their states of equal captions are
-    kept once; there are no null states, so the store serves models whose null caption is their own (PixArt-α).
+    The autoencoder is needed for its scaling factor, which the official files do not hold. States of equal captions are
+    stored once. There are no null states, so the store only suits models with their own null caption (PixArt-α).
 
     Raises:
-        InputError: no usable features there, or a setting that they cannot fulfil.
+        InputError: there are no usable features, or a setting asks for something that they do not have.
     """
     if not data.features:
         raise InputError("data.features: expected the folder of the feature store to write")
@@ -53,12 +51,29 @@ def convert_official(
         source, table, resolution=data.resolution, downsample=autoencoder.downsample, scale=autoencoder.scale
     )
     say(f"{source}: {len(found)} samples, {len(found.problems)} left out")
+    with working(folder):
+        return _convert(folder, found, autoencoder, data, table, vae, text, options, share, say)
+
+
+def _convert(
+    folder: Path,
+    found: OfficialFeatures,
+    autoencoder: Autoencoder,
+    data: DataConfig,
+    table: list[Bucket],
+    vae: AutoencoderConfig,
+    text: TextConfig,
+    options: ExtractConfig,
+    share: Share,
+    say: Callable[[str], None],
+) -> Result:
     first: dict[str, int] = {}
     for i, record in enumerate(found.records):
         first.setdefault(record.captions[0], i)
-    captions = sorted(first, key=lambda caption: (len(caption), caption))
-    plan = make_plan(table, options, data, text, found.records, captions)
-    agree(folder / PLAN, plan, "plan")
+    places = {record.id: i for i, record in enumerate(found.records)}
+    plan = make_plan(table, options, data, text, found.records, sort_captions(found.records))
+    plan, layout = settle(folder, plan, found.records, write=True)
+    mend(folder, plan, layout, say)
     agree(folder / "vae.json", describe_vae(vae, autoencoder, UNKNOWN), "autoencoder", free=["source"])
     facts = {"model": text.model, "width": found.caption(0).shape[1], "dtype": UNKNOWN, "weights": UNKNOWN}
     agree(folder / "text.json", facts, "text encoder", free=["model"])
@@ -73,12 +88,11 @@ def convert_official(
 
     def moments(batches: list[list[int]]) -> Iterator[EncodedBatch]:
         for batch in batches:
-            both = torch.stack([found.moments(i) for i in batch])[:, None].to(latents)
+            both = torch.stack([found.moments(places[layout.records[i].id]) for i in batch])[:, None].to(latents)
             yield EncodedBatch(list(range(len(batch))), both, [])
 
     with tqdm(desc="captions", unit="caption", disable=None) as bar:
-        write_captions(folder, plan, captions, share, states, bar.update)
-    numbers = {caption: i for i, caption in enumerate(captions)}
+        write_captions(folder, plan, layout.captions, share, states, bar.update)
     with tqdm(desc="latents", unit="image", disable=None) as bar:
-        write_samples(folder, plan, found.records, numbers, share, moments, bar.update)
+        write_samples(folder, plan, layout.records, layout.numbers, share, moments, bar.update)
     return Result(folder, finish(folder, plan, found.problems), unsealed(folder, plan))

@@ -1,4 +1,4 @@
-"""Samples of feature stores; what comes out is what `pixart.data.samples` makes of images, with latents for pixels."""
+"""Samples of feature stores; the same as `pixart.data.samples` makes from images, with latents in place of pixels."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from pixart.features.store import FeatureStore
 
 
 class FeatureDataset(Dataset):
-    """Samples of feature stores, one after the other, by (epoch, index) keys; see `Batch` for what comes out."""
+    """Samples of several feature stores in sequence, by (epoch, index) keys; see `Batch` for their content."""
 
-    by_epoch = True  # what keys are, see `pixart.data.given.TrainingData`
+    by_epoch = True  # keys are (epoch, index), see `pixart.data.given.TrainingData`
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class FeatureDataset(Dataset):
     ):
         """
         Args:
-            chosen: the samples that count of each store, by their numbers; None is all.
-            drawing: where the samples' random numbers come from.
-            flip: take the mirrored image's latents half of the time.
-            posterior_mean: take the mean of the autoencoder's posterior, no sample of it.
+            chosen: the samples to use from each store, by number; None means all.
+            drawing: draws the samples' random numbers.
+            flip: use the mirrored image's latents half of the time.
+            posterior_mean: use the mean of the autoencoder's posterior instead of a sample from it.
         """
         self.stores, self.chosen, self.drawing = stores, chosen, drawing
         self.flip, self.posterior_mean = flip, posterior_mean
@@ -57,6 +57,6 @@ class FeatureDataset(Dataset):
         caption = store.caption(choose(sample.captions, sample.weights, float(draws.uniform("caption"))))
         problem = None
         if not len(caption):
-            caption, problem = caption.new_zeros(1, caption.shape[1]), "its caption has no token"
+            caption, problem = caption.new_zeros(1, caption.shape[1]), "its caption has no tokens"
         arrays = {name: store.array(name, number, mirrored=mirrored) for name in self.drawing.extras.arrays}
         return {"latents": latents, "caption": caption, **self.drawing.common(draws, sample, arrays, problem)}

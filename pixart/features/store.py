@@ -1,35 +1,40 @@
-"""A feature store: latents and caption states of a data set, computed once, read at random from mapped files.
+"""A feature store: latents and caption states of a data set, computed once, with random access to memory-mapped files.
 
-    manifest.json               what it was made with, counts, a checksum per file, and one of itself
+    manifest.json               settings it was made with, counts, a checksum per file and one of the manifest itself
     samples-00000.safetensors   latents (mean and standard deviation), ids, sizes, captions' numbers and weights
     captions-00000.safetensors  states of distinct captions, real tokens only, and their texts
     index.safetensors           bucket and hash of every sample: all that training holds in memory
-    prompts.safetensors         the padded null states, and those of the config's prompts
+    prompts.safetensors         the padded null states, and the states of the config's prompts
 
-Tensors of different lengths lie end to end in one flat tensor beside the places where each starts (`…_start`).
-Letters in shape comments: N samples, V variants (2 with mirrored pictures), C latent channels, h × w latent size,
-L tokens, W width of the caption states.
+Tensors of different lengths are concatenated into one flat tensor, with another for the offsets at which they start
+(`…_start`). Letters in shape comments: N samples, V variants (2 with mirrored images), C latent channels, h × w latent
+size, L tokens, W width of the caption states.
 """
 
+import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pixart.arguments import say
 from pixart.data.buckets import Bucket
 from pixart.errors import InputError
-from pixart.files import MANIFEST, digest_file, digest_text
+from pixart.files import MANIFEST, digest_file, digest_text, inside, read_json
+from pixart.invocation import command
 
 VERSION = 1
-UNKNOWN = "unknown"  # what features do not say of the models that made them
+UNKNOWN = "unknown"  # facts about the encoders that the authors' features do not record
 INDEX, PROMPTS = "index.safetensors", "prompts.safetensors"
-OPEN_SHARDS = 2048  # mapped at once in a process; systems allow some 65,000
+DAMAGED = "damaged.json"  # result of the last check, file → reason
+OPEN_SHARDS = 2048  # mapped at once per process; Linux allows about 65,000
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Features:
     id: str
     mean: Tensor  # (C, h, w) fp32, scaled
     std: Tensor  # (C, h, w) fp32, scaled
-    captions: list[int]  # numbers, for `caption`
+    captions: list[int]  # numbers, as `FeatureStore.caption` takes them
     weights: list[float]  # of the captions, summing to 1
     height: int  # of the original image
     width: int
@@ -47,12 +52,12 @@ class Features:
 
 
 class FeatureStore:
-    """A finished store. Opening reads the manifest and the index; samples are read where they lie."""
+    """A finished store. Opening it reads the manifest and the index; samples are read from mapped files on demand."""
 
     def __init__(self, folder: str | Path):
         """
         Raises:
-            InputError: no finished store there, a manifest that was edited, or files missing or of another size.
+            InputError: there is no finished store, its manifest was edited, or files are missing or of another size.
         """
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -62,8 +67,8 @@ class FeatureStore:
         index = _open(self.folder / INDEX)
         self.bucket_numbers = index["bucket"].numpy()  # (N,) int16, into `buckets`
         self.hashes = index["hash"].numpy()  # (N,) int64, of the ids
-        self._starts = index["shard_start"].numpy()  # (shards + 1,) number of each shard's first sample
-        # tensors of a shard by its file name; each process, and each worker, maps for itself
+        self._starts = index["shard_start"].numpy()  # (shards + 1,) index of each shard's first sample
+        # tensors of a shard by its file name; each process and each worker maps the files itself
         self._shard = lru_cache(OPEN_SHARDS)(lambda name: _open(self.folder / name))
 
     def __reduce__(self):
@@ -73,7 +78,7 @@ class FeatureStore:
         return len(self.bucket_numbers)
 
     def describe(self) -> str:
-        """A line for a person."""
+        """A summary in one line."""
         manifest, text = self.manifest, self.manifest["text"]
         return (
             f"{len(self):,} samples, {manifest['captions']:,} captions encoded by {text['model']}, "
@@ -85,8 +90,14 @@ class FeatureStore:
         """Fingerprint of the text encoder that made the states."""
         return self.manifest["text"]["weights"]
 
+    @property
+    def content(self) -> str:
+        """A digest of its latents and states: of the checksums of their files."""
+        files = sorted(self.manifest["files"].items())
+        return digest_text(" ".join(file["blake2b"] for name, file in files if name not in (INDEX, PROMPTS)))
+
     def get(self, index: int, *, mirrored: bool = False) -> Features:
-        """Sample `index`; `mirrored` takes the latents of the mirrored picture."""
+        """Sample `index`; with `mirrored`, the latents of the mirrored image."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[number])
         shard = self._shard(sample_file(number))
@@ -98,17 +109,23 @@ class FeatureStore:
         first, last = shard["caption_start"][row : row + 2].tolist()
         height, width = shard["size"][row].tolist()
         return Features(
-            _text(shard, "id", row), mean, std, shard["caption"][first:last].tolist(),
-            shard["caption_weight"][first:last].tolist(), height, width, bucket,
-        )  # fmt: skip
+            _text(shard, "id", row),
+            mean,
+            std,
+            shard["caption"][first:last].tolist(),
+            shard["caption_weight"][first:last].tolist(),
+            height,
+            width,
+            bucket,
+        )
 
     @property
     def arrays(self) -> list[str]:
-        """Names of the arrays that its samples have beside their latents."""
+        """Names of the arrays that its samples have besides their latents."""
         return self.manifest.get("arrays", [])
 
     def array(self, name: str, index: int, *, mirrored: bool = False) -> Tensor:
-        """An array of sample `index`, or of its mirrored image, as its maker gave it; a view of the mapped file."""
+        """An array of sample `index`, or of its mirrored image, as extracted; a view of the mapped file."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         row, shard = index - int(self._starts[number]), self._shard(sample_file(number))
         start, end = shard[f"array.{name}_start"][row : row + 2].tolist()
@@ -130,12 +147,10 @@ class FeatureStore:
         return self._prompts().get("prompt:" + text)
 
     def null_states(self) -> tuple[Tensor, int]:
-        """States (length, W) of the empty text, padded, as the encoder makes them; and how many of them are real."""
+        """States (length, W) of the empty text, padded as the encoder pads them, and the number of real tokens."""
         prompts = self._prompts()
         if "null" not in prompts:
-            raise InputError(
-                f"{self.folder} has no null states, as official features have none; set text.null to buffer"
-            )
+            raise InputError(f"{self.folder} has no null states (official features have none); set text.null to buffer")
         return prompts["null"], int(prompts["null_tokens"])
 
     def _prompts(self) -> dict[str, Tensor]:
@@ -155,91 +170,120 @@ def caption_file(number: int) -> str:
 
 
 def join(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tensors end to end along their first axis, and where each starts (and the last ends) as int64."""
+    """Concatenated tensors along their first axis, and the offsets (int64) at which each starts and the last ends."""
     lengths = torch.tensor([0] + [len(tensor) for tensor in tensors])
     return torch.cat(tensors), lengths.cumsum(0)
 
 
 def join_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Texts as UTF-8 end to end, and where each starts."""
-    return join([torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy()) for text in texts])
+    """Concatenated texts as UTF-8, and the offsets at which each starts and the last ends."""
+    return join(
+        [
+            torch.from_numpy(np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).copy())
+            for text in texts
+        ]
+    )
 
 
 def _text(shard: dict[str, Tensor], name: str, row: int) -> str:
     start, end = shard[f"{name}_start"][row : row + 2].tolist()
-    return shard[name][start:end].numpy().tobytes().decode()
+    return shard[name][start:end].numpy().tobytes().decode("utf-8", "surrogatepass")
+
+
+def read_texts(path: Path, name: str) -> list[str]:
+    """All texts `name` of one file; errors of safetensors are passed on."""
+    with safe_open(path, framework="pt") as file:
+        texts, starts = file.get_tensor(name), file.get_tensor(f"{name}_start").tolist()
+    return [texts[i:j].numpy().tobytes().decode("utf-8", "surrogatepass") for i, j in itertools.pairwise(starts)]
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of a file's tensors; errors of safetensors are passed on."""
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def _open(path: Path) -> dict[str, Tensor]:
-    """A file's tensors, mapped: nothing is read before it is used."""
+    """A file's tensors, mapped: nothing is read until it is used."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {CHECK}") from None
+        raise InputError(f"{path}: cannot be read ({error}); {_check()}") from None
 
 
-CHECK = "check the store with: python scripts/extract.py CONFIG --verify"
+def _check() -> str:
+    return f"check the store with: {command('extract')} CONFIG --verify"
 
 
 def read_manifest(folder: Path) -> dict:
-    """A store's manifest, if it is as it was written.
+    """A store's manifest, verified by its checksum.
 
     Raises:
-        InputError: there is none, it was edited, or it is of another version.
+        InputError: it is missing, was edited, or is of another version.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise InputError(f"no feature store at {folder}; make it with: python scripts/extract.py CONFIG")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        raise InputError(f"no feature store at {folder}; make it with: {command('extract')} CONFIG")
+    if not path.exists():
         raise InputError(
-            f"{folder} is no finished feature store: it has no {MANIFEST}; begin or go on with: "
-            "python scripts/extract.py CONFIG"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
-        found = manifest.get("version") if isinstance(manifest, dict) else None
+            f"{folder} is not a finished feature store: it has no {MANIFEST}; start or resume extraction with: "
+            f"{command('extract')} CONFIG"
+        )
+    manifest = read_json(path, expected="a store's manifest")
+    if manifest.get("version") != VERSION:
+        found = say(manifest.get("version"))
         raise InputError(f"{path}: version {found}, expected {VERSION}; extract again with this version of pixart")
     if manifest.get("checksum") != digest_manifest(manifest):
-        raise InputError(f"{path} has been edited since it was written; take the change back, or extract again")
+        raise InputError(f"{path} has been edited since it was written; undo the change, or extract again")
     return manifest
 
 
 def digest_manifest(manifest: dict) -> str:
-    """Checksum of all of a manifest but the checksum."""
+    """Checksum of a manifest without its checksum entry."""
     return digest_text(json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True))
 
 
 def check_files(folder: Path, manifest: dict) -> None:
-    """Refuse a store whose files are missing or have another size; costs one `stat` each."""
+    """Refuse a store if files are missing or have another size; costs one `stat` per file."""
     wrong = []
     for name, file in manifest["files"].items():
         try:
-            size = (folder / name).stat().st_size
-        except OSError:
+            size = (folder / inside(name, "a file")).stat().st_size
+        except (OSError, ValueError):
             wrong.append(f"{name} is missing")
             continue
         if size != file["bytes"]:
             wrong.append(f"{name} has {size:,} bytes, expected {file['bytes']:,}")
+    if (folder / DAMAGED).exists():
+        wrong += [f"{name} {reason}" for name, reason in read_json(folder / DAMAGED).items()]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{folder} is damaged: {'; '.join(wrong[:5])}{more}. Extract again: what is whole is kept")
+        raise InputError(f"{folder} is damaged: {'; '.join(wrong[:5])}{more}. Extract again: intact files are kept")
 
 
 def verify(folder: str | Path) -> list[str]:
-    """What is damaged in a store: every file is read and its checksum compared. Empty if all is well.
+    """`find_damage`, as lines."""
+    return describe_damage(find_damage(folder))
+
+
+def describe_damage(damage: Mapping[str, str]) -> list[str]:
+    """One line per file."""
+    return [f"{name} {what}" if what.startswith("has ") else f"{name}: {what}" for name, what in damage.items()]
+
+
+def find_damage(folder: str | Path) -> dict[str, str]:
+    """The damaged files of a store with the reason; empty if there are none. Every file is read and its checksum
+    compared.
 
     Raises:
-        InputError: no finished store, or its manifest was edited.
+        InputError: there is no finished store, or its manifest was edited.
     """
     folder = Path(folder)
-    damage = []
+    damage = {}
     for name, file in read_manifest(folder)["files"].items():
         try:
-            if digest_file(folder / name) != file["blake2b"]:
-                damage.append(f"{name} has changed since it was written")
-        except OSError as error:
-            damage.append(f"{name}: {error.strerror}")
+            if digest_file(folder / inside(name, "a file")) != file["blake2b"]:
+                damage[name] = "has changed since it was written"
+        except (OSError, ValueError) as error:
+            damage[name] = getattr(error, "strerror", None) or str(error)
     return damage

@@ -1,4 +1,4 @@
-"""A run's data from feature stores: those that fit its configuration, without the held-out samples."""
+"""A run's data from feature stores, checked against its configuration and split into training and held-out samples."""
 
 from dataclasses import replace
 
@@ -16,10 +16,12 @@ from pixart.errors import InputError
 from pixart.features.official import OfficialFeatures, is_official
 from pixart.features.samples import FeatureDataset
 from pixart.features.store import UNKNOWN, FeatureStore
+from pixart.files import digest_text
 
 
 def load_features(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoencoder) -> Data:
-    """Open the stores and set the held-out samples apart; the text encoder is loaded only for prompts they lack."""
+    """Open the stores and split off the held-out samples; the text encoder is loaded only for prompts that the stores
+    do not hold."""
     data = spec.data
     repeats = {**({data.features: 1.0} if data.features else {}), **data.mix}
     stores = [open_features(folder, spec, autoencoder) for folder in repeats]
@@ -38,7 +40,7 @@ def load_features(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoenc
     chosen = [np.flatnonzero(~out).astype(np.int32) if out.any() else None for out in held]
     train = part(repeats, stores, chosen, spec.drawing)
     if data.validation_features:
-        # data.every is about training: all of these are used
+        # data.every applies to training only: all of these are used
         other = open_features(data.validation_features, replace(spec, data=replace(data, every=1)), autoencoder)
         report.append(f"data.validation_features {data.validation_features}: {other.describe()}")
         held_out = part({data.validation_features: 1.0}, [other], [None], spec.held_out_drawing)
@@ -52,14 +54,15 @@ def load_features(spec: DataSpec, accelerator: Accelerator, autoencoder: Autoenc
     prints = hash_ids([store.hashes[~out] for store, out in zip(stores, held, strict=True)]), hash_ids(held_hashes)
     weights = None if stores[0].text_weights == UNKNOWN else stores[0].text_weights
     places = [store.folder for store in stores]
-    return Data(train, held_out, captions, null, [], *prints, weights, places, "\n".join(report))
+    contents = {"features": digest_text(" ".join(store.content for store in stores))}
+    return Data(train, held_out, captions, null, [], *prints, weights, places, "\n".join(report), contents)
 
 
 def open_features(folder: str, spec: DataSpec, autoencoder: Autoencoder) -> FeatureStore | OfficialFeatures:
-    """A store, or the authors' folder, that fits the configuration.
+    """Open a store, or an official feature folder, and check that it fits the configuration.
 
     Raises:
-        InputError: it does not fit; names everything that differs, with both values.
+        InputError: it does not fit; the message names everything that differs, with both values.
     """
     data, table, wrong = spec.data, spec.table, []
     if is_official(folder):
@@ -72,11 +75,11 @@ def open_features(folder: str, spec: DataSpec, autoencoder: Autoencoder) -> Feat
         store = FeatureStore(folder)
         wrong += _differences(store, spec, table, autoencoder)
     if missing := sorted({*spec.extras.arrays} - {*store.arrays}):
-        wrong.append(f"it has no array {', '.join(missing)} (data.conditions, data.targets)")
+        wrong.append(f"it has no arrays named {', '.join(missing)} (data.conditions, data.targets)")
     if data.flip and not store.mirrored:
-        wrong.append("data.flip is on, it has no mirrored latents (extract.mirrored)")
+        wrong.append("data.flip is on, but it has no mirrored latents (extract.mirrored)")
     if data.random_crop:
-        wrong.append("data.random_crop is on, latents have one crop")
+        wrong.append("data.random_crop is on, but latents have one crop only")
     if wrong:
         raise InputError(f"features {folder} do not fit this configuration: {'; '.join(wrong)}")
     return store
@@ -107,7 +110,7 @@ def _sizes(table: list[Bucket]) -> str:
 def prompt_states(
     spec: DataSpec, accelerator: Accelerator, store: FeatureStore | OfficialFeatures
 ) -> tuple[Captions, Tensor | None]:
-    """States of the config's prompts and the null caption, from the store as far as it has them."""
+    """States of the config's prompts and the null caption, from the store if it has them."""
     states = {prompt: store.prompt(prompt) for prompt in spec.prompts}
     if missing := [prompt for prompt, found in states.items() if found is None]:
         encoder = load_encoder(spec, accelerator)
@@ -115,7 +118,7 @@ def prompt_states(
         if there not in (here, UNKNOWN):
             raise InputError(
                 f"features {store.folder} were encoded by another text encoder than {spec.text.model} "
-                f"(weights {there} there, {here} here), which the prompts need that the store does not hold"
+                f"(weights {there} there, {here} here), so prompts that the store does not hold cannot be encoded"
             )
         encoded = encode_captions(encoder, missing, dtype=getattr(torch, spec.data.text_dtype))
         encoder.close()

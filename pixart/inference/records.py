@@ -1,19 +1,18 @@
-"""What an image file says it was drawn with, and which files of a folder say what."""
+"""Records in image files of what they were drawn with, and finding a folder's files by their records."""
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from pixart.config import to_dict
-from pixart.data.images import UNREADABLE
+from pixart.data.decoding import UnreadableImage, open_image
 from pixart.diffusion.sampling import SampleConfig
 from pixart.encoders.fingerprint import autoencoder_fingerprint, fingerprint
-from pixart.files import digest_text, to_json, write_file
+from pixart.files import digest_text, to_json, write_png
 from pixart.inference.latents import Size
 from pixart.inference.pipeline import Pipeline
 from pixart.inference.request import Request, strength_of
@@ -23,10 +22,11 @@ Record = dict[str, str]  # a PNG's text chunks
 
 
 def common_record(pipeline: Pipeline, config: SampleConfig, null: str | None) -> Record:
-    """What images of one model and one set of settings have in common; `config` is resolved.
+    """The part of the record that is the same for all images of one model and one set of settings; `config` must be
+    resolved.
 
-    `model` is the fingerprint of the network's weights, `parts` a digest of all else that is not a setting: the text
-    encoder, the autoencoder, what the model's card says of them, and the precision.
+    `model` is the fingerprint of the network's weights; `parts` is a digest of everything else that is not a setting:
+    the text encoder, the autoencoder, their entries in the model's card, and the precision.
     """
     record = {"sampler": config.sampler, "steps": config.steps, "guidance": config.guidance}
     for field in fields(SampleConfig):
@@ -35,6 +35,8 @@ def common_record(pipeline: Pipeline, config: SampleConfig, null: str | None) ->
             record[field.name] = value
     if null is not None:
         record["null"] = null
+    if pipeline.loras.loaded:
+        record["lora"] = write_loras({name: each.strength for name, each in pipeline.loras.loaded.items()})
     card, parameter = pipeline.card, next(pipeline.model.parameters())
     names = {"text": replace(card.text, model=""), "vae": replace(card.vae, source="any" if card.vae.source else "")}
     parts = {name: to_dict(names.get(name, getattr(card, name))) for name in ("model", "diffusion", "text", "vae")}
@@ -46,7 +48,7 @@ def common_record(pipeline: Pipeline, config: SampleConfig, null: str | None) ->
 
 
 def image_record(request: Request, sizes: tuple[Size, Size], source: Source | None, common: Record) -> Record:
-    """The record of one image: its request, then what it has in common with others."""
+    """The record of one image: its request, then the common part."""
     record = {"prompt": request.prompt, "seed": request.seed, "negative_prompt": request.negative}
     made, size = (f"{height}x{width}" for height, width in sizes)
     record |= {"size": size, "generated": made if made != size else None}
@@ -55,8 +57,25 @@ def image_record(request: Request, sizes: tuple[Size, Size], source: Source | No
     return {name: str(value) for name, value in record.items() if value is not None} | common
 
 
+def write_loras(strengths: Mapping[str, float]) -> str:
+    """Adapters and their strengths as a record's `lora`, exactly: "style:0.8, subject:1"."""
+    return ", ".join(f"{name}:{repr(float(strength)).removesuffix('.0')}" for name, strength in strengths.items())
+
+
+def read_loras(text: str) -> dict[str, float]:
+    """The inverse of `write_loras`; names may contain commas and colons.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    found = re.findall(r"(.+?):(-?[\d.]+(?:e[-+]?\d+)?)(?:, |$)", text)
+    if write_loras(strengths := {name: float(number) for name, number in found}) != text:
+        raise ValueError(f"lora '{text[:80]}'")
+    return strengths
+
+
 class Folder:
-    """The PNGs of a folder by what they say they hold, and names for new ones. Nothing is ever written over."""
+    """The PNGs of a folder by their records, and names for new ones. No file is ever overwritten."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -65,7 +84,7 @@ class Folder:
             self._with[frozenset(read_record(file).items())].append(file)
 
     def find(self, wanted: Sequence[tuple[str, Record]]) -> list[Path | None]:
-        """The file of each stem and record, no file twice: one of that name first, else any that says the same."""
+        """The file for each stem and record, no file twice: preferably one of that name, else any with this record."""
         free = {key: list(files) for key, files in self._with.items()}
         keys = [frozenset(record.items()) for _, record in wanted]
         found: list[Path | None] = [None] * len(wanted)
@@ -81,22 +100,19 @@ class Folder:
         return found
 
     def write(self, stem: str, image: Image.Image, record: Record) -> Path:
-        """An image under its stem, or if that is taken with a number behind it; whole or not at all."""
-        info = PngInfo()
-        for key, value in record.items():
-            info.add_itxt(key, value)
+        """Write an image under its stem, with a number appended if that is taken; completely or not at all."""
         path, number = self.path / f"{stem}.png", 1
         while path.exists():
             number += 1
             path = self.path / f"{stem}_{number}.png"
-        write_file(path, lambda partial: image.save(partial, format="PNG", pnginfo=info), durable=False)
+        write_png(path, image, record, durable=False)
         return path
 
 
 def read_record(path: Path) -> Record:
-    """The text chunks that stand before a PNG's pixels, which are not read; none if it is no image."""
+    """The text chunks before a PNG's pixels, which are not read; empty if the file is not an image."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
-    except UNREADABLE:
+    except UnreadableImage:
         return {}

@@ -1,4 +1,4 @@
-"""One record of what is to be drawn, and one of what was."""
+"""`Request`: an image to draw; `Drawn`: its result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,10 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
+from pixart.arguments import check_types, say
 from pixart.errors import InputError
+from pixart.prompt import check_no_settings
+from pixart.unicode import is_whole
 
 STRENGTH, STRENGTH_WITH_MASK = 0.6, 1.0
 ImageSource = Image.Image | str | Path | Tensor
@@ -16,30 +19,31 @@ ImageSource = Image.Image | str | Path | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """An image to draw. What is not given here is the model's: its native size, its null caption.
+    """An image to draw. Defaults are the model's: its native size, its null caption.
 
     Args:
         prompt: None with `text_embeddings`, the states (L, C) of a prompt's real tokens.
         seed: of the noise.
-        negative: a prompt in the null caption's place, under its own mask.
+        negative: a negative prompt, which replaces the null caption and has its own mask.
         height, width: in pixels.
-        aspect_ratio: height / width, in place of both: the official size with the nearest ratio.
-        sizes: "official" generates in the official size with the nearest ratio, then resizes and crops to what was
-            asked for; "exact" generates that.
-        image: where to start from in place of noise: a PIL image, a file, or pixels (3, H, W) in [-1, 1]. It keeps its
-            own size, which must be a multiple of what the model needs; with a height, a width, an aspect ratio or
-            official sizes it is scaled to cover that size and cropped at the centre, as in training. Transparency
+        aspect_ratio: height / width, in place of both: selects the official size with the nearest ratio.
+        sizes: "exact" generates the requested size; "official" generates the official size with the nearest ratio, then
+            resizes and crops to the requested size.
+        image: an image to start from in place of noise: a PIL image, a file, or pixels (3, H, W) in [-1, 1]. It keeps
+            its own size, whose sides must be the multiples that the model needs; with a height, a width, an aspect
+            ratio or official sizes it is scaled to cover that size and center-cropped, as in training. Transparency
             becomes white.
         latents: clean scaled latents (C, h, w), in place of an image.
-        strength: share of the steps that are done, the last int(steps · strength) of all, in (0, 1]. 0.6 for an image
-            by default: what is where stays, what it looks like may change. 1 with a mask: what is drawn anew owes
-            nothing to what was there before. At 1 it starts from noise alone, without a mask as if no image was given.
-        mask: as large as the image, white or 1 where it is drawn anew, black or 0 where its pixels stay as they are;
-            grey blends the two. A PIL image, a file, or a tensor (H, W) in [0, 1].
-        conditions: what a variant of the network takes besides, of one image each.
+        strength: fraction of the steps that are done, in (0, 1]: the last int(steps · strength) of them. By default 0.6
+            for an image, which keeps its layout but may change its appearance, and 1 with a mask, so that redrawn parts
+            do not depend on what was there before. At 1 sampling starts from pure noise, so that without a mask the
+            image has no effect.
+        mask: of the same size as the image: white or 1 where it is redrawn, black or 0 where its pixels are kept, grey
+            blends the two. A PIL image, a file, or a tensor (H, W) in [0, 1].
+        conditions: further inputs of a network variant, for one image.
 
     Raises:
-        InputError: these do not fit together, or a strength outside (0, 1]. What is in the files is looked at later.
+        InputError: the arguments do not fit together, or the strength is outside (0, 1]. Files are read later.
     """
 
     prompt: str | None = None
@@ -58,19 +62,30 @@ class Request:
 
     def __post_init__(self):
         if (self.prompt is None) == (self.text_embeddings is None):
-            raise InputError("prompts and text_embeddings: give one or the other")
+            raise InputError("prompts and text_embeddings: give exactly one of them")
+        check_types(self)
+        for name in ("prompt", "negative"):
+            text = getattr(self, name)
+            if text is not None and not is_whole(text):
+                raise InputError(
+                    f"{name}: got {say(text)}, expected a text without halves of characters (lone surrogates)"
+                )
+            if text is not None:
+                check_no_settings(text, name)
         if self.image is not None and self.latents is not None:
-            raise InputError("image and latents: both are where to start from; give one or the other")
+            raise InputError("image and latents: both say what to start from; give only one of them")
         for name in ("strength", "mask"):
             if self.image is None and self.latents is None and getattr(self, name) is not None:
-                raise InputError(f"{name} without an image: there is nothing to start from; give image= or --image too")
+                raise InputError(
+                    f"{name} without an image: there is nothing to start from; give image= or --image, too"
+                )
         number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
         if self.strength is not None and not (number and 0 < self.strength <= 1):
-            raise InputError(f"strength: got {self.strength!r}, expected a number above 0, up to 1")
+            raise InputError(f"strength: got {say(self.strength)}, expected a number above 0, up to 1")
 
 
 def strength_of(request: Request) -> float | None:
-    """The share of the steps that a request's image is drawn with; None if it starts from nothing."""
+    """The strength of a request with its default filled in; None if it starts from noise."""
     if request.image is None and request.latents is None:
         return None
     if request.strength is None:
@@ -80,7 +95,7 @@ def strength_of(request: Request) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """What came of a request; of `image`, `pixels` and `latents` the one that was asked for."""
+    """The result of a request; of `image`, `pixels` and `latents`, only the requested one is set."""
 
     index: int  # of the request, from 0
     request: Request
@@ -90,30 +105,35 @@ class Drawn:
 
     @property
     def result(self) -> Image.Image | Tensor:
-        """The one that was asked for."""
+        """The requested output."""
         return next(value for value in (self.image, self.pixels, self.latents) if value is not None)
 
 
 def check_negative(null: str | None, guidance: float) -> None:
-    """Refuse a negative prompt where it would have no effect."""
+    """Refuse a negative prompt that would have no effect."""
     if null is not None or guidance == 1:
-        other = f"null '{null}'" if null is not None else "guidance 1, which is off,"
-        raise InputError(f"negative_prompts stand in the null caption's place: {other} leaves none for them")
+        other = f"cannot be combined with null '{null}'" if null is not None else "have no effect with guidance 1 (off)"
+        raise InputError(f"negative_prompts replace the null caption: they {other}")
 
 
 def make_requests(
-    prompts: Sequence[str] | None, states: Sequence[Tensor] | None, seeds: Sequence[int], each: int,
-    given: Mapping[str, Any], conditions: Mapping[str, Tensor], **common,
-) -> list[Request]:  # fmt: skip
-    """A request for each of `seeds`, `each` of them in a row for each prompt, or its states.
+    prompts: Sequence[str] | None,
+    states: Sequence[Tensor] | None,
+    seeds: Sequence[int],
+    each: int,
+    given: Mapping[str, Any],
+    conditions: Mapping[str, Tensor],
+    **common,
+) -> list[Request]:
+    """A request for each of `seeds`; `each` consecutive ones belong to the same prompt or states.
 
     Args:
-        given: by field, one for all or one for each prompt, or None.
-        conditions: by name, (n, …) for all n requests.
+        given: field → one value for all, one for each prompt, or None.
+        conditions: name → (n, …) for all n requests.
         common: further fields, the same for all.
 
     Raises:
-        InputError: as many as neither are given.
+        InputError: a field has another number of values.
     """
     count = len(seeds) // each
     fields = {"prompt": prompts or [None] * count, "text_embeddings": states or [None] * count}
@@ -133,7 +153,7 @@ def make_requests(
 
 
 def _one_each(name: str, given: Any, count: int) -> Sequence[Any]:
-    """One for each of `count` prompts; a tensor is one of (C, H, W), or a mask (H, W), or a batch of them."""
+    """One value for each of `count` prompts; a tensor is one value (C, H, W), one mask (H, W), or a batch of these."""
     if isinstance(given, Tensor):
         if given.ndim < 4 and not (name == "mask" and given.ndim == 3 and len(given) == count > 1):
             given = [given]

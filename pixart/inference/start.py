@@ -1,4 +1,5 @@
-"""Images, masks and latents that sampling starts from: read, checked, fitted to a size, encoded, and put back."""
+"""Images, masks and latents from which sampling starts: read, checked, fitted to a size, encoded, and composited with
+the result."""
 
 import hashlib
 import warnings
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from pixart.checkpoint import ModelCard
 from pixart.data.buckets import nearest_bucket
-from pixart.data.images import UNREADABLE, cover_and_crop, to_rgb
+from pixart.data.decoding import UnreadableImage, decoding, open_image
+from pixart.data.images import cover_and_crop, to_rgb
 from pixart.diffusion.sampling import SampleConfig, visited_times
 from pixart.diffusion.schedule import Schedule
 from pixart.encoders.autoencoder import Autoencoder
@@ -24,53 +26,53 @@ from pixart.errors import InputError
 from pixart.inference.latents import Size, Start, choose_size, official_sizes, start_times
 from pixart.inference.request import ImageSource, Request, strength_of
 
-KEPT = 4  # images that are not read and encoded anew for every request
+KEPT = 4  # number of images kept, so that they need not be read and encoded again for every request
 
 
 @dataclass
 class Source:
-    """What a request starts from, in the size that is generated."""
+    """What a request starts from, in the generated size."""
 
     pixels: Tensor | None  # (3, H, W) in [-1, 1]; None for latents
-    mask: Tensor | None  # (1, H, W), 1 = drawn anew
+    mask: Tensor | None  # (1, H, W), 1 = redrawn
     digest: str  # of the pixels or latents
     mask_digest: str | None
-    latents: Tensor | None = None  # (C, h, w), clean and scaled, once it is encoded
+    latents: Tensor | None = None  # (C, h, w), clean and scaled; set when encoded
 
 
 def check_start(request: Request, config: SampleConfig, schedule: Schedule) -> None:
-    """Refuse a start that the sampler cannot take; no file is opened."""
+    """Refuse a start that the sampler does not support; no file is opened."""
     strength = strength_of(request)
     if strength is not None:
         start_times(config, schedule, strength)
 
 
 def count_steps(request: Request, config: SampleConfig, schedule: Schedule) -> int:
-    """Steps that a request takes under a resolved config. Raises as `check_start`."""
+    """Number of steps of a request with a resolved config. Raises as `check_start` does."""
     check_start(request, config, schedule)
     strength = strength_of(request)
     return len(visited_times(config, schedule) if strength is None else start_times(config, schedule, strength))
 
 
 class Sources:
-    """The starts of a stream's requests; the last few are kept, so that one image for many is read once."""
+    """The starts of a stream's requests; the last few are kept, so that an image shared by many is read once."""
 
     def __init__(self, card: ModelCard, autoencoder: Autoencoder):
         self.card, self.autoencoder = card, autoencoder
         self._kept: OrderedDict[tuple, tuple[Request, tuple[Size, Size], Source]] = OrderedDict()
 
     def read(self, request: Request) -> tuple[tuple[Size, Size], Source | None]:
-        """The size to generate in and the size to hand out, in pixels, and what is started from, if anything.
+        """The size to generate and the size to return, in pixels, and what to start from, if anything.
 
         Raises:
-            InputError: no image, one of a size that the model cannot take, or a mask of another size.
+            InputError: it is not an image, has a size that the model cannot take, or its mask has another size.
         """
         asked = {name: getattr(request, name) for name in ("height", "width", "aspect_ratio", "sizes")}
         if strength_of(request) is None:
             return choose_size(self.card, **asked), None
         given = (request.image, request.latents, request.mask)
         key = (*(str(x) if isinstance(x, (str, Path)) else id(x) for x in given), *asked.values())
-        if key not in self._kept:  # with the request, whose objects then keep their ids
+        if key not in self._kept:  # the request is stored, too, so that the ids of its objects stay valid
             self._kept[key] = request, *self._read(request, asked)
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT:
@@ -95,8 +97,8 @@ class Sources:
 
     @torch.no_grad()
     def start(self, sources: Sequence[Source], strength: float, device: torch.device) -> Start:
-        """Sources of one size → what `sample_latents` starts from, encoded to the posterior's mean."""
-        for source in sources:  # each by itself: no image depends on the others
+        """Sources of one size → the `Start` for `sample_latents`, encoded to the posterior's mean."""
+        for source in sources:  # one at a time, so that no image depends on the others
             if source.latents is None:
                 source.latents = self.autoencoder.encode(source.pixels[None].to(device))[0]
         latents = torch.stack([source.latents.to(device).float() for source in sources])
@@ -107,7 +109,7 @@ class Sources:
 
 
 def put_back(sources: Sequence[Source], pixels: Tensor) -> Tensor:
-    """Drawn pixels (B, 3, H, W) with the originals where the masks keep them: exactly these where a mask is 0."""
+    """Drawn pixels (B, 3, H, W), replaced by the originals where the masks keep them (exactly, where a mask is 0)."""
     if sources[0].mask is None or sources[0].pixels is None:
         return pixels
     originals, masks = (torch.stack(x).to(pixels) for x in zip(*((s.pixels, s.mask) for s in sources), strict=True))
@@ -124,19 +126,19 @@ def _choose(card: ModelCard, own: Size, asked: dict) -> tuple[Size, Size]:
 
 
 def _read_image(given: ImageSource) -> Image.Image | Tensor:
-    """RGB on white, upright; a tensor as it is."""
+    """RGB on white, with EXIF rotation applied; a tensor is unchanged."""
     if isinstance(given, Tensor):
         if given.ndim != 3 or len(given) != 3 or not given.is_floating_point():
             raise InputError(f"image: got a tensor of {_describe(given)}, expected pixels (3, H, W) in [-1, 1]")
         return given.detach().float().cpu()
     with _open(given, "image") as image:
         if _is_transparent(image):
-            warnings.warn("image: what is transparent in it becomes white", stacklevel=2)
+            warnings.warn("image: its transparent parts become white", stacklevel=2)
         return to_rgb(image)
 
 
 def _read_mask(given: ImageSource) -> Image.Image | Tensor:
-    """8 bits of grey, upright; a tensor (1, H, W)."""
+    """8-bit grey with EXIF rotation applied; or a tensor (1, H, W)."""
     if isinstance(given, Tensor):
         mask = given[None] if given.ndim == 2 else given
         if mask.ndim != 3 or len(mask) != 1:
@@ -151,20 +153,19 @@ def _read_mask(given: ImageSource) -> Image.Image | Tensor:
 
 @contextmanager
 def _open(given: ImageSource, name: str):
-    """The image, upright and loaded."""
+    """A context with the image, loaded and with EXIF rotation applied."""
     if not isinstance(given, (Image.Image, str, Path)):
         raise InputError(f"{name}: got {type(given).__name__}, expected a PIL image, a file or a tensor")
-    what = name if isinstance(given, Image.Image) else f"{name} {given}"
+    what = name if isinstance(given, Image.Image) else f"{name} {str(given)[:300]}"
     try:
         if isinstance(given, Image.Image):
-            yield ImageOps.exif_transpose(given)
+            with decoding():
+                yield ImageOps.exif_transpose(given)
         else:
-            with Image.open(given) as image:
+            with open_image(Path(given)) as image:
                 yield ImageOps.exif_transpose(image)
-    except UNREADABLE as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
+    except UnreadableImage as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
         raise InputError(f"{what}: cannot be read as an image ({reason})") from None
 
 
@@ -179,7 +180,7 @@ def _fit(given: Image.Image | Tensor | None, own: Size, size: Size, name: str) -
     if given is None:
         return None
     if _size(given) != own:
-        raise InputError(f"mask: it is {_name(_size(given))}, the image {_name(own)}; expected one as large")
+        raise InputError(f"mask: it is {_name(_size(given))}, the image {_name(own)}; expected the same size")
     if isinstance(given, Tensor):
         if own != size:
             raise InputError(f"{name}: a tensor of {_name(own)} is not resized to {_name(size)}; give a PIL image")

@@ -1,4 +1,4 @@
-"""Requests → images, in batches, as they come: memory grows with the look-ahead, not with their number."""
+"""Requests → images, in batches, as they arrive; memory grows with the look-ahead, not with their number."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,30 +14,30 @@ from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import SampleConfig
 from pixart.encoders.autoencoder import Autoencoder
 from pixart.errors import InputError
-from pixart.inference.latents import Size, decode, resize_and_crop, sample_latents, to_images
+from pixart.inference.latents import Size, check_finite, decode, resize_and_crop, sample_latents, to_images
 from pixart.inference.request import Drawn, Request, check_negative, strength_of
 from pixart.inference.start import Sources, check_start, put_back
 from pixart.model import PixArt
 
-KEPT_TEXTS = 64  # prompts whose states a stream keeps at least; 5 MB each at most, for T5-XXL's in fp32
-# indices of the requests, the step just done (from 0), latents after it, the clean ones that its prediction implied; a
-# tensor returned goes on in the latents' place
+KEPT_TEXTS = 64  # minimum number of prompts whose states a stream keeps; at most 5 MB each, for T5-XXL in fp32
+# indices of the requests, the step just done (from 0), the latents after it, the clean latents that it predicted; if a
+# tensor is returned, it replaces the latents
 StreamCallback = Callable[[Sequence[int], int, Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request in its place in the stream."""
+    """A request with its position in the stream."""
 
     index: int
     request: Request
-    size: Size  # to generate in
-    output: Size  # to hand out
+    size: Size  # to generate
+    output: Size  # to return
     skipped: bool
 
     @property
     def kind(self) -> tuple:
-        """What requests of one batch have in common."""
+        """Equal for requests that can be drawn in one batch."""
         request = self.request
         conditions = tuple((name, value.shape) for name, value in sorted(request.conditions.items()))
         start = strength_of(request), request.mask is None
@@ -45,14 +45,14 @@ class Job:
 
 
 class Texts:
-    """Prompts' states, the last ones kept: equal prompts are encoded once."""
+    """Prompts' states; the most recent ones are kept, so that equal prompts are encoded once."""
 
     def __init__(self, encode: Callable[[Sequence[str]], list[Tensor]]):
         self.encode = encode
         self._states: OrderedDict[str, Tensor] = OrderedDict()
 
     def load(self, texts: Iterable[str]) -> None:
-        """Encode those of `texts` that are not there, and forget the oldest of the others."""
+        """Encode those of `texts` that are not there yet, and drop the oldest of the others."""
         texts = list(dict.fromkeys(texts))
         missing = [text for text in texts if text not in self._states]
         self._states.update(zip(missing, self.encode(missing) if missing else [], strict=True))
@@ -74,7 +74,7 @@ class Studio:
     autoencoder: Autoencoder
     config: SampleConfig  # resolved
     encode: Callable[[Sequence[str]], list[Tensor]]  # prompts → states (L_i, C) of their real tokens
-    null: Callable[[], Tensor | None]  # the null caption, as `encode_null`
+    null: Callable[[], Tensor | None]  # the null caption, as `encode_null` returns it
     batch_size: int
     look_ahead: int
     output: str
@@ -82,7 +82,8 @@ class Studio:
     skip: Callable[[int, Request], bool] | None
 
     def draw(self, requests: Iterable[Request]) -> Iterator[Drawn]:
-        """Images in the requests' order. All of a look-ahead is checked before any of it is encoded or drawn."""
+        """Images in the order of the requests. All requests of a look-ahead are checked before any of them is encoded
+        or drawn."""
         prompts, negatives = Texts(self.encode), Texts(self.encode)
         sources, numbered = Sources(self.card, self.autoencoder), enumerate(requests)
         while window := [self.plan(i, request, sources) for i, request in islice(numbered, self.look_ahead)]:
@@ -99,10 +100,10 @@ class Studio:
                     yield from self._draw_batch(jobs, prompts, negatives, null, sources)
 
     def plan(self, index: int, request: Request, sources: Sources) -> Job:
-        """A request that can be drawn, and in which size.
+        """Check a request and choose its size.
 
         Raises:
-            InputError: it cannot be.
+            InputError: it cannot be drawn.
         """
         if not isinstance(request, Request):
             raise InputError(f"stream: got {type(request).__name__}, expected pixart.Request records")
@@ -128,18 +129,30 @@ class Studio:
             return None if callback is None else callback(indices, step, x, x0)
 
         latents = sample_latents(
-            self.model, self.card, captions, away, [r.seed for r in requests], self.config,
-            height=first.size[0] // self.autoencoder.downsample, width=first.size[1] // self.autoencoder.downsample,
-            conditions=_stack(requests), callback=after_step,
+            self.model,
+            self.card,
+            captions,
+            away,
+            [r.seed for r in requests],
+            self.config,
+            height=first.size[0] // self.autoencoder.downsample,
+            width=first.size[1] // self.autoencoder.downsample,
+            conditions=_stack(requests),
+            callback=after_step,
             start=None if strength is None else sources.start(given, strength, device),
-        )  # fmt: skip
-        for job, results in zip(jobs, self._finish(latents, given, first.output), strict=True):
+        )
+        names = [f"'{(r.prompt or '')[:60]}' with seed {r.seed}" for r in requests]
+        check_finite(latents, names, next(self.model.parameters()).dtype, "latents")
+        for job, results in zip(jobs, self._finish(latents, given, first.output, names), strict=True):
             yield Drawn(job.index, job.request, **results)
 
-    def _finish(self, latents: Tensor, sources: Sequence[Any], size: Size) -> Iterator[Mapping[str, Any]]:
+    def _finish(
+        self, latents: Tensor, sources: Sequence[Any], size: Size, names: Sequence[str]
+    ) -> Iterator[Mapping[str, Any]]:
         if self.output == "latent":
             return ({"latents": row} for row in latents)
         pixels = decode(self.autoencoder, latents)
+        check_finite(pixels, names, getattr(self.autoencoder, "dtype", pixels.dtype), "pixels after the VAE")
         if sources[0] is not None:
             pixels = put_back(sources, pixels)
         pixels = resize_and_crop(pixels, size)
@@ -149,7 +162,7 @@ class Studio:
 
 
 def group(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
-    """Jobs that follow each other and fit together, `batch_size` at most at a time."""
+    """Batches of consecutive jobs of the same kind, with at most `batch_size` jobs."""
     batch: list[Job] = []
     for job in jobs:
         if batch and (len(batch) == batch_size or job.kind != batch[0].kind):

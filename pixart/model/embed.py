@@ -1,4 +1,4 @@
-"""What goes into the stream: patches and their positions, the time, the image's size, the caption.
+"""Embeddings of the network's inputs: patches and their positions, the time, the image's size, the caption.
 
 Letters in shape comments: B batch, N = h·w image tokens, L caption tokens, D width, C channels.
 """
@@ -26,9 +26,9 @@ FREQUENCIES = 256  # width of every sinusoidal embedding of a number
 
 
 def sinusoid(values: Tensor) -> Tensor:
-    """Numbers (B,) → (B, 256): 128 cosines, then 128 sines, of frequencies 10,000^(-i/128).
+    """Sinusoidal embedding of numbers (B,) → fp32 (B, 256): 128 cosines, then 128 sines, frequencies 10,000^(-i/128).
 
-    Stays in fp32: in bf16 the time 951 becomes 952, a relative error of the network's output of 10 %.
+    Always fp32: bf16 rounds the time 951 to 952, which changes the network's output by 10 %.
     """
     half = FREQUENCIES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
@@ -39,11 +39,11 @@ def sinusoid(values: Tensor) -> Tensor:
 def grid_positions(height: int, width: int, dim: int, *, base: int, scale: float, device=None) -> Tensor:
     """Fixed 2-D sin-cos positions of a grid of height × width tokens → fp32 (height·width, dim).
 
-    A coordinate is index / (side / base) / scale, where `base` is the model's native number of tokens a side: so a
-    picture of any size covers the same range (PixArt-α, section 2.4). The first half of `dim` encodes the column, the
-    second the row; each is sines, then cosines, of frequencies 10,000^(-i / (dim/4)).
+    A coordinate is index / (side / base) / scale, where `base` is the model's native number of tokens per side, so that
+    images of all sizes cover the same range (PixArt-α, section 2.4). The first half of `dim` encodes the column, the
+    second the row; each holds sines, then cosines, of frequencies 10,000^(-i / (dim/4)).
     """
-    # float64 because the released weights were trained with it. MPS has none; fp32 errs by 4e-6 there.
+    # float64, as in the training of the released weights; MPS has no float64, and fp32 differs by 4e-6
     exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
     omega = 10_000 ** (-torch.arange(dim // 4, dtype=exact, device=device) / (dim / 4))
 
@@ -58,18 +58,18 @@ def grid_positions(height: int, width: int, dim: int, *, base: int, scale: float
 
 
 class Positions(nn.Module):
-    """How tokens tell where they stand. One of the two methods is enough; its weights, if it has any, are its own."""
+    """Base class of positional encodings: override `added`, `rotary` or both. It may have weights."""
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
         self.config = config
 
     def added(self, height: int, width: int, device: torch.device | None = None) -> Tensor | None:
-        """What is added to the stream of a grid of height × width tokens: (height·width, D)."""
+        """Positions added to the tokens of a grid of height × width: (height·width, D), or None."""
         return None
 
     def rotary(self, height: int, width: int, device: torch.device | None = None) -> Tensor | None:
-        """What attention turns queries and keys by, as `rotate` takes it: cosines and sines (2, height·width, E/2)."""
+        """Rotary positions for `rotate`: cosines and sines (2, height·width, E/2), or None."""
         return None
 
 
@@ -83,28 +83,40 @@ class SinCos(Positions):
         return grid_positions(height, width, c.hidden_size, base=base, scale=c.position_scale, device=device)
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution whose patches do not overlap: (B, C, H, W) → (B, N, D), row by row.
+
+    It is a matrix product: cuDNN's convolution would use TF32 by default and return a transposed layout.
+    """
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, N, C·p·p)."""
+        p, q = self.kernel_size
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.patches(x), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
     """Latents (B, C, H, W) → tokens (B, N, D), one per patch, row by row."""
 
     def __init__(self, channels: int, dim: int, patch_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def init_weights(self, generators: Generators) -> None:
         patches = self.proj.weight.flatten(1)  # (D, C·p·p)
         nn.init.xavier_uniform_(patches, generator=generators("proj.weight"))
-        bound = patches.shape[1] ** -0.5  # of PyTorch's own start
+        bound = patches.shape[1] ** -0.5  # PyTorch's default for a convolution's bias
         nn.init.uniform_(self.proj.bias, -bound, bound, generator=generators("proj.bias"))
 
     def forward(self, x: Tensor) -> Tensor:
-        # the convolution as the product that it is: a GPU would do it in TF32, and its output would lie transposed
-        p, q = self.proj.kernel_size
-        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(x)
 
 
 class NumberEmbedder(nn.Module):
-    """Sinusoid and a two-layer MLP; (B,) → (B, dim)."""
+    """Sinusoidal embedding and a two-layer MLP; (B,) → (B, dim)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -121,7 +133,7 @@ class NumberEmbedder(nn.Module):
 class CaptionEmbedder(nn.Module):
     """Text states (B, L, caption_channels) → (B, L, D).
 
-    `y_embedding` (caption_length, caption_channels) is the null caption of classifier-free guidance: never trained.
+    `y_embedding` (caption_length, caption_channels) is the null caption of classifier-free guidance; it is not trained.
     """
 
     def __init__(self, caption_channels: int, dim: int, caption_length: int):

@@ -1,4 +1,4 @@
-"""How weights start: every module from generators named after its tensors."""
+"""Weight initialisation, with one random generator per tensor."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,11 @@ from pixart.seeds import derive_seed
 
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Give all weights of `module` their start, each from a generator of its own, by `seed` and the tensor's name.
+    """Initialise all weights of `module`, each from a generator seeded with `seed` and the tensor's name.
 
-    So networks that differ in one idea start alike in all else. `nn.Linear` starts as Xavier's uniform with zero bias,
-    other layers of torch as they reset themselves. A module with a method `init_weights(generators)` then sets what it
-    wants otherwise; `generators("name")` is the generator of its own tensor of that name.
+    Two networks that differ in one module therefore start with equal weights everywhere else. `nn.Linear` gets Xavier
+    uniform weights and zero bias, other torch layers their `reset_parameters`. Afterwards `init_weights(generators)` is
+    called on every module that has it; `generators("name")` is the generator of that module's tensor `name`.
     """
     tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 

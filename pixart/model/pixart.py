@@ -2,8 +2,8 @@
 
     tokens = patches + positions → depth × block(tokens, time, caption) → final layer → values of the patches
 
-Parameters carry the names of the official files, so an official state dict loads as it is. What a block is made of
-(conditioning, attention, norm, MLP), positions and routing are chosen by name, see `layers` and `embed`.
+Parameters have the names of the official files, so an official state dict loads as it is. The parts of a block
+(conditioning, attention, norm, MLP), positions and token routing are chosen by name, see `layers` and `embed`.
 Letters in shape comments:
     B batch, C latent channels, H × W latent size, p patch size, h × w tokens, N = h·w, L caption tokens, D width
 """
@@ -19,54 +19,65 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pixart.arguments import say
 from pixart.config import setting
 from pixart.errors import InputError
 from pixart.model.embed import POSITIONS, CaptionEmbedder, NumberEmbedder, PatchEmbed
 from pixart.model.initialize import initialize
 from pixart.model.layers import CONDITIONING, ROUTING, CaptionKV, Layout, put_back, take, with_extra
+from pixart.ranges import check_choices, check_numbers
 from pixart.seeds import Draw
 
-Edit = Callable[[int, Tensor], Tensor]  # a block's number and the stream after it → the stream from there on
+Edit = Callable[[int, Tensor], Tensor]  # (block number, its output tokens) → the tokens passed on
 
 
 @dataclass(frozen=True)
 class PixArtConfig:
-    """Everything that makes a PixArt; the defaults are PixArt-α XL/2 at 256 px."""
+    """All settings of the network; the defaults are PixArt-α XL/2 at 256 px."""
 
-    hidden_size: int = setting(1152, diffusers="any", described=True)
-    depth: int = setting(28, diffusers="any", described=True)
-    num_heads: int = setting(16, diffusers="told", described=True)
-    mlp_ratio: float = 4.0
-    patch_size: int = setting(2, diffusers="any", described=True)
-    in_channels: int = setting(4, diffusers="any", compare="images")
-    # 2·C output channels: the prediction and the variance
+    hidden_size: int = setting(1152, least=1, most=65536, diffusers="any", described=True)
+    depth: int = setting(28, least=1, most=1024, diffusers="any", described=True)
+    num_heads: int = setting(16, least=1, most=65536, diffusers="told", described=True)
+    mlp_ratio: float = setting(4.0, above=0, most=1024)
+    patch_size: int = setting(2, least=1, most=1024, diffusers="any", described=True)
+    in_channels: int = setting(4, least=1, most=65536, diffusers="any", compare="images")
+    # 2·C output channels: prediction and variance
     learn_sigma: bool = setting(True, diffusers="any", compare="loss")
-    caption_channels: int = setting(4096, diffusers="any", described=True)  # width of the text encoder's states
-    # tokens of the null caption, and the length captions are cut to; diffusers' pipeline tells it by its class
-    caption_length: int = setting(120, diffusers="any", start="shown", described=True)
+    # width of the text encoder's states
+    caption_channels: int = setting(4096, least=1, most=65536, diffusers="any", described=True)
+    # tokens of the null caption, and the length to which captions are truncated
+    caption_length: int = setting(120, least=1, most=65536, diffusers="any", start="shown", described=True)
     # embed the image's size and aspect ratio (α 1024-MS)
     micro_conditions: bool = setting(False, diffusers="any", start="shown", described=True)
-    # native side of the latent, where token coordinates are whole numbers
-    latent_size: int = setting(32, diffusers="told", described=True)
-    position_scale: float = setting(1.0, diffusers="told", described=True)  # coordinates are divided by it
-    kv_compression: Literal["conv", "uniform"] | None = setting(None, start="shown", described=True)
-    # side of the square of tokens that becomes one key and value; means nothing without kv_compression, as the next
-    kv_ratio: int = setting(2, diffusers="any", start="shown", described=True)
-    kv_blocks: tuple[int, ...] = setting((), diffusers="any", start="shown", described=True)  # that compress
-    qk_norm: bool = setting(False, start="shown", described=True)
-    conditioning: str = "adaln_single"  # by name, as the next ones: a key of CONDITIONING
-    positions: str = "sincos"  # of POSITIONS
-    attention: str = "softmax"  # of ATTENTION
-    norm: str = "layer_norm"  # of NORMS
-    mlp: str = "gelu"  # of MLPS
-    routing: str | None = None  # of ROUTING
-    options: dict[str, Any] = field(default_factory=dict)  # what variants of one's own need besides, by their own names
+    # native side of the latent, the reference for positions (see `grid_positions`)
+    latent_size: int = setting(32, least=1, most=4096, diffusers="told", described=True)
+    position_scale: float = setting(1.0, above=0, diffusers="told", described=True)  # divides the token coordinates
+    kv_compression: Literal["conv", "ave", "uniform", "uniform_every"] | None = setting(
+        None, start="shown", described=True
+    )
+    # side of the square of tokens reduced to one key and value, or the stride of "uniform_every"; ignored without
+    # kv_compression
+    kv_ratio: int = setting(2, least=1, most=1024, diffusers="any", start="shown", described=True)
+    # numbers of the blocks that compress
+    kv_blocks: tuple[int, ...] = setting((), least=0, diffusers="any", start="shown", described=True)
+    # norm of queries and keys; files of earlier versions say false for "none" and true for "layer_norm"
+    qk_norm: Literal["none", "layer_norm", "rms_norm"] | bool = setting(False, start="shown", described=True)
+    # a key of CONDITIONING: adaln_single, adaln_per_block, time_token, dit
+    conditioning: str = setting("adaln_single", official="default")
+    positions: str = setting("sincos", official="default")  # a key of POSITIONS: sincos, learned, rope2d
+    attention: str = setting("softmax", official="default")  # a key of ATTENTION
+    norm: str = setting("layer_norm", official="default")  # a key of NORMS: layer_norm, rms_norm
+    mlp: str = setting("gelu", official="default")  # a key of MLPS: gelu, swiglu
+    routing: str | None = None  # a key of ROUTING: tread
+    # first and last block that routed tokens skip, and the fraction of tokens that skip them; for routing "tread"
+    route_blocks: tuple[int, int] | None = setting(None, diffusers="any", least=0)
+    route_ratio: float = setting(0.5, diffusers="any", least=0, below=1)
+    options: dict[str, Any] = field(default_factory=dict)  # further settings of user-defined variants
 
     def __post_init__(self):
-        for name in ("hidden_size", "depth", "num_heads", "patch_size", "in_channels", "caption_channels",
-                     "caption_length", "latent_size", "mlp_ratio", "position_scale"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        check_numbers(self)
+        check_choices(self)
+        object.__setattr__(self, "qk_norm", {"none": False, "layer_norm": True}.get(self.qk_norm, self.qk_norm))
         if self.hidden_size % self.num_heads:
             raise InputError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.positions == "sincos" and self.hidden_size % 4:
@@ -81,6 +92,27 @@ class PixArtConfig:
             raise InputError(f"kv_blocks {outside}: the model has blocks 0 to {self.depth - 1}")
         if self.kv_compression and self.kv_ratio < 2:
             raise InputError(f"kv_ratio: got {self.kv_ratio}, expected at least 2")
+        if self.kv_blocks and self.positions == "rope2d":
+            raise InputError(
+                "kv_compression: positions 'rope2d' turn every key, so that none can be merged; leave one out"
+            )
+        if self.routing == "tread":
+            self._check_route()
+
+    def _check_route(self) -> None:
+        if self.route_blocks is None:
+            raise InputError(
+                "route_blocks: routing 'tread' needs the first and last block that tokens skip, e.g. [2, 23]"
+            )
+        first, last = self.route_blocks
+        if not first <= last < self.depth:
+            raise InputError(
+                f"route_blocks {[first, last]}: expected first ≤ last, of the blocks 0 to {self.depth - 1}"
+            )
+        if inside := [i for i in self.kv_blocks if first <= i <= last]:
+            raise InputError(
+                f"kv_blocks {inside}: KV compression needs all tokens, which route_blocks takes out of them"
+            )
 
     @property
     def out_channels(self) -> int:
@@ -112,11 +144,11 @@ PRESETS: dict[str, PixArtConfig] = {
 }
 
 
-COMPILATIONS = 64  # of a block at the most
+COMPILATIONS = 64  # largest number of times a block is compiled
 
 
 class CaptionContext(NamedTuple):
-    """A caption as the blocks see it; what `encode_caption` returns and `forward` takes in place of a caption."""
+    """An encoded caption: returned by `encode_caption`, accepted by `forward` in place of a caption."""
 
     blocks: tuple[CaptionKV, ...]
     mask: Tensor | None  # (B, 1, 1, L) bool, True = keep
@@ -128,14 +160,16 @@ class CaptionContext(NamedTuple):
 
 
 class PixArt(nn.Module):
-    """The network. See `forward` for its inputs; weights start as the authors' do."""
+    """The network; see `forward` for its inputs. Weights are initialised from the authors' distributions."""
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
+        if not isinstance(config, PixArtConfig):
+            raise InputError(f"config: got {say(config)}, expected a PixArtConfig")
         self.config = config
-        self.gradient_checkpointing = False
-        fresh = torch.get_default_device().type != "meta"  # else to be loaded into: nothing to draw or initialise
-        # before the layers draw, whose number differs from idea to idea
+        self.gradient_checkpointing, self.checkpointing_every = False, 1
+        fresh = torch.get_default_device().type != "meta"  # on the meta device weights are loaded, not initialised
+        # drawn before the layers are built, because the number of draws they make depends on the variant
         seed = int(torch.randint(2**62, (), device="cpu")) if fresh else 0
         dim, conditioning = config.hidden_size, CONDITIONING[config.conditioning]
         self.x_embedder = PatchEmbed(config.in_channels, dim, config.patch_size)
@@ -143,6 +177,7 @@ class PixArt(nn.Module):
         self.t_embedder = NumberEmbedder(dim)
         self.t_block = conditioning.shared(dim) if conditioning.shared else None
         self.extra_tokens = conditioning.tokens(dim) if conditioning.tokens else None
+        self.pool = conditioning.pool
         if config.micro_conditions:
             self.csize_embedder = NumberEmbedder(dim // 3)
             self.ar_embedder = NumberEmbedder(dim // 3)
@@ -156,7 +191,7 @@ class PixArt(nn.Module):
 
     @property
     def conditions(self) -> dict[str, Draw | None]:
-        """Keywords that `forward` takes besides its own, and the random numbers of those that are drawn."""
+        """Names of the further keyword arguments of `forward`, each with how training draws it (None: not drawn)."""
         return dict(self.routing.conditions) if self.routing else {}
 
     def forward(
@@ -176,24 +211,29 @@ class PixArt(nn.Module):
 
         Args:
             x: noisy scaled latents (B, C, H, W); H and W any multiples of `patch_size`.
-            t: times (B,), 0 (clean) … 999 (noise), fractional allowed.
+            t: times (B,), 0 (clean) … 999 (noise), fractional allowed; not in half precision, which rounds them.
             caption: text states (B, L, caption_channels), any L; or what `encode_caption` returned.
-            caption_mask: (B, L), 1 = a token, 0 = padding; none means no padding. A row must keep a token.
-            size: (B, 2) height and width in pixels; required with micro-conditions, refused without.
+            caption_mask: (B, L), 1 = a token, 0 = padding; None means no padding. Every row must keep a token.
+            size: (B, 2) height and width in pixels; required with micro-conditions, refused otherwise.
             aspect_ratio: (B,) height / width; likewise.
-            edit: called after every block with its number and the stream (B, N, D), extra tokens first and routed
-                tokens left out; what it returns goes on.
-            keep: numbers of blocks whose hidden states are returned too.
-            conditions: further tensors that the variant takes, those of `self.conditions`.
+            edit: called after every block with its number and its output (B, N, D), which begins with any extra tokens
+                and lacks tokens routed around the block; its return value replaces the output.
+            keep: numbers of the blocks whose hidden states are returned as well.
+            conditions: further tensors that the variant takes, named in `self.conditions`.
 
         Returns:
             (B, 2C, H, W) with `learn_sigma`: prediction and variance in [-1, 1]; else (B, C, H, W).
-            With `keep` a pair: that, and {block: (B, N, D)}, the image's tokens alone, all of them.
+            With `keep`, a pair: this tensor, and {block number: (B, N, D)} with all image tokens and no extra tokens.
 
         Raises:
-            InputError: a shape does not fit the model. Values are never looked at: that would synchronise the device.
+            InputError: a shape does not fit the model, or t, size or aspect_ratio are in half precision. Values are not
+                checked: that would synchronise the device.
         """
         self._check_shapes(x, t, size, aspect_ratio)
+        if edit is not None and not callable(edit):
+            raise InputError(f"edit: got {say(edit)}, expected a function")
+        if not isinstance(keep, Collection) or isinstance(keep, (str, Tensor)):
+            raise InputError(f"keep: got {say(keep)}, expected numbers of blocks")
         if unknown := conditions.keys() - self.conditions.keys():
             raise InputError(f"{min(unknown)}: this model takes no such condition; it takes {[*self.conditions]}")
         p = self.config.patch_size
@@ -204,10 +244,12 @@ class PixArt(nn.Module):
             captions, mask = caption.blocks, caption.mask
         else:
             tokens, mask = self._project_caption(caption, caption_mask)  # (B, L, D), (B, 1, 1, L)
-            captions = [tokens] * len(self.blocks)  # each block makes its keys: cheaper to checkpoint
+            captions = [tokens] * len(self.blocks)  # each block computes its keys and values: less to keep
 
         # fmt: off
         time = self.embed_time(t, size, aspect_ratio)                                   # (B, D)
+        if self.pool is not None:
+            time = time + self.pool(captions[0], mask)                                  # (B, D)
         shared = time if self.t_block is None else self.t_block(time)                   # (B, 6·D) in adaLN-single
         x = self.x_embedder(x)                                                          # (B, N, D)
         x, layout = self._place(x, time, grid)                                          # (B, n + N, D)
@@ -218,7 +260,7 @@ class PixArt(nn.Module):
                 if chosen is not None:
                     chosen = with_extra(chosen, x.shape[1] - grid[0] * grid[1])
                     whole, x, here = x, take(x, chosen), layout.take(chosen)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and i % self.checkpointing_every == 0 and torch.is_grad_enabled():
                 x = checkpoint(block, x, shared, block_caption, mask, here, use_reentrant=False)
             else:
                 x = block(x, shared, block_caption, mask, here)                         # (B, n + N, D)
@@ -234,35 +276,34 @@ class PixArt(nn.Module):
 
     @staticmethod
     def from_pretrained(source: str | Path, **options: Any) -> "PixArt":
-        """`pixart.load_model(source, **options)`, which says what it takes and raises: any PixArt in circulation, in
-        eval mode."""
-        from pixart import load_model  # files are no matter of this room: the package's surface knows them
+        """Load a model in eval mode: `pixart.load_model(source, **options)`, which documents options and errors."""
+        from pixart import load_model  # imported here because the model room may not depend on file formats
 
         return load_model(source, **options)
 
     def save_pretrained(self, folder: str | Path, *, card: Any = None) -> None:
-        """Write a new folder that `from_pretrained` and `Pipeline.from_pretrained` take.
+        """Write a new folder that `from_pretrained` and `Pipeline.from_pretrained` read.
 
-        `card`, a `pixart.ModelCard`, is all that sampling needs besides; by default the one that it was loaded with.
+        `card`, a `pixart.ModelCard`, holds what sampling needs besides weights; by default the one loaded with them.
 
         Raises:
-            InputError: the folder is there, or there is no card.
-            OSError: the disk is full or not writable; nothing is left behind.
+            InputError: the folder already exists, or there is no card.
+            OSError: the disk is full or not writable; no partial folder is left.
         """
         from pixart import export_model
 
         export_model(self, folder, card=card)
 
     def encode_caption(self, caption: Tensor, caption_mask: Tensor | None = None) -> CaptionContext:
-        """Every block's keys and values of a caption; sampling computes them once, not once a step.
+        """The keys and values of a caption for every block, so that sampling computes them once and not in every step.
 
         caption (B, L, caption_channels), caption_mask (B, L) as in `forward`.
         """
         tokens, mask = self._project_caption(caption, caption_mask)
-        return CaptionContext(tuple(block.cross_attn.encode(tokens) for block in self.blocks), mask)
+        return CaptionContext(tuple(block.encode_caption(tokens) for block in self.blocks), mask)
 
     def embed_time(self, t: Tensor, size: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
-        """Time (and micro-conditions) → (B, D)."""
+        """Embed the time, and the micro-conditions if the model has them → (B, D)."""
         time = self.t_embedder(t)
         if self.config.micro_conditions:
             sides = rearrange(self.csize_embedder(size.flatten()), "(b two) d -> b (two d)", two=2)
@@ -270,17 +311,17 @@ class PixArt(nn.Module):
         return time
 
     def positions(self, height: int, width: int, device=None) -> Tensor | None:
-        """What is added to the stream of a grid of height × width tokens: fp32 (height·width, D) for sincos."""
+        """Positions added to the tokens of a grid of height × width: fp32 (height·width, D) for sincos, or None."""
         return self.pos_embed.added(height, width, device)
 
     def _place(self, x: Tensor, time: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Layout]:
-        """Patches (B, N, D) → the stream with positions, after n extra tokens, and where its tokens stand."""
+        """Add positions to patches (B, N, D) and prepend n extra tokens → (B, n + N, D) and their layout."""
         added, rotary = self.positions(*grid, device=x.device), self.pos_embed.rotary(*grid, device=x.device)
         x = x if added is None else x + added.to(x.dtype)
         if self.extra_tokens is None:
             return x, Layout(grid, rotary)
         tokens = self.extra_tokens(time).to(x.dtype)  # (B, n, D)
-        if rotary is not None:  # they stand nowhere: angle 0
+        if rotary is not None:  # extra tokens have no position: angle 0
             cos, sin = (
                 F.pad(rotary[0], (0, 0, tokens.shape[1], 0), value=1.0),
                 F.pad(rotary[1], (0, 0, tokens.shape[1], 0)),
@@ -290,23 +331,27 @@ class PixArt(nn.Module):
 
     @staticmethod
     def _image(x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The stream without extra tokens: (B, N, D)."""
+        """x without its extra tokens: (B, N, D)."""
         extra = x.shape[1] - grid[0] * grid[1]
         return x[:, extra:] if extra else x
 
     def compile_blocks(self, **options) -> None:
-        """`torch.compile` each block in place: one compilation serves all, state-dict names stay as they are.
+        """`torch.compile` each block in place; all blocks share the compiled code, and state-dict names do not change.
 
-        Sizes that vary (buckets, captions, batches) cost a second compilation and then no more; a first mask, or a
-        batch or caption of one, is another case. `options` are torch.compile's; `dynamic=False` compiles every size.
+        The first change of a size (bucket, caption length, batch) compiles once more, for all sizes; using a mask for
+        the first time, or a batch or caption of length 1, compiles again. `options` are those of torch.compile;
+        `dynamic=False` compiles every size separately.
         """
-        # these cases add up to more than torch expects of a function, and past its limit it raises
+        # with fullgraph=True torch raises when a function exceeds the limit, whose default is lower than these cases
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
         for block in self.blocks:
             block.compile(fullgraph=True, **options)
 
     def _project_caption(self, caption: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         channels = self.config.caption_channels
+        for name, value in (("caption", caption), ("caption_mask", mask)):
+            if not isinstance(value, Tensor) and not (value is None and name == "caption_mask"):
+                raise InputError(f"{name}: got {say(value)}, expected a tensor")
         if caption.ndim != 3 or caption.shape[-1] != channels:
             raise InputError(
                 f"caption: got shape {tuple(caption.shape)}, expected (B, L, {channels}); "
@@ -320,6 +365,9 @@ class PixArt(nn.Module):
 
     def _check_shapes(self, x: Tensor, t: Tensor, size: Tensor | None, aspect_ratio: Tensor | None) -> None:
         c = self.config
+        for name, value in (("x", x), ("t", t)):
+            if not isinstance(value, Tensor):
+                raise InputError(f"{name}: got {say(value)}, expected a tensor")
         if x.ndim != 4 or x.shape[1] != c.in_channels:
             raise InputError(f"x: got shape {tuple(x.shape)}, expected (B, {c.in_channels}, H, W)")
         if x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
@@ -332,13 +380,18 @@ class PixArt(nn.Module):
             if name != "t" and not c.micro_conditions:
                 if value is not None:
                     raise InputError(f"{name}: this model has no micro-conditions; leave it out")
-            elif value is None or tuple(value.shape) != shape:
-                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+            elif not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else say(value)
                 raise InputError(f"{name}: got {got}, expected shape {shape}")
+            elif value.dtype in (torch.float16, torch.bfloat16):
+                raise InputError(
+                    f"{name}: got {str(value.dtype).removeprefix('torch.')}, in which numbers are already rounded (951 "
+                    "to 952 in bfloat16); expected float32, or whole numbers, whatever the weights' dtype"
+                )
 
 
 def _take_out_positions(model: PixArt, state: dict, prefix: str, *_) -> None:
-    """Official files carry the position table they were trained with: check it against ours, never load it."""
+    """Official files contain the position table used in training: compare it with the computed one, do not load it."""
     stored = state.pop(prefix + "pos_embed", None) if model.config.positions == "sincos" else None
     if stored is None:
         return

@@ -1,1 +1,2 @@
-"""Runs side by side: tables and curves. It reads what runs wrote; nothing that trains or samples may enter it."""
+"""Studies and comparisons of runs: plans, trainings as processes of their own, statistics, reports, tables and curves.
+Nothing that trains or samples in this process may enter it."""

@@ -1,4 +1,4 @@
-"""Several runs in one table: what differs in their configurations, and what came of it."""
+"""Several runs in one table: their results, and the settings that differ."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,9 @@ from pixart.evaluate.metric import Declaration, Score
 from pixart.files import read_rows
 from pixart.model import PixArt
 from pixart.model.flops import forward_flops
+from pixart.study.groups import describe_groups
 from pixart.study.plots import name_runs
+from pixart.study.tables import markdown_table
 from pixart.train.config import TrainConfig
 from pixart.train.history import CONFIG, FILE, read_run_config
 from pixart.train.metrics import (
@@ -25,29 +27,32 @@ from pixart.train.metrics import (
     read_metrics,
 )
 
-COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss")  # and those of the metrics
+# followed by those of the metrics
+COLUMNS = ("run", "parameters", "GFLOP", "step", "images", "hours", "images/s", "loss")
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
-    """A Markdown table of results and one of the settings that differ.
+    """A Markdown table of results, one of means over seeds if some runs differ in their seed alone, and one of the
+    settings that differ.
 
-    "GFLOP" is a forward of one image with a full caption; "hours" are device-hours. A metric's number is the last; what
-    follows it, up to the next metric, belongs to it: its best value and the parts that it is made of. A metric that
-    measures what a run minimises has no best value, since it is not comparable.
+    "GFLOP" is the forward of one image with a caption of full length; "hours" are device-hours. For each metric, the
+    last value is followed by its best value and its parts. A metric of the training objective itself has no best value,
+    because it cannot be compared between objectives.
 
     Raises:
-        InputError: a folder is no run of ours.
+        InputError: a folder is not a run.
     """
     names, configs = name_runs(runs), [_config(Path(run)) for run in runs]
     metrics, declared = [read_metrics(Path(run)) for run in runs], merge_declarations(runs)
     head = (*COLUMNS, *(name for of in declared.values() for score in of.scores for name in _columns(of, score)))
-    lines = _table([head, *(_row(*of, declared) for of in zip(names, configs, metrics, strict=True))])
+    lines = markdown_table(head, [_row(*of, declared) for of in zip(names, configs, metrics, strict=True)])
+    lines += describe_groups(names, configs, metrics, declared)
     flat = [flatten(to_dict(config)) for config in configs]
     keys = [key for key in dict.fromkeys(key for of in flat for key in of) if _meaning(key) != "quiet"]
     differing = [key for key in keys if len({json.dumps(of.get(key)) for of in flat}) > 1]
     if differing:
         rows = [(key, *(json.dumps(of.get(key), ensure_ascii=False) for of in flat)) for key in differing]
-        lines += ["", *_table([("setting", *names), *rows])]
+        lines += ["", *markdown_table(("setting", *names), rows)]
     other = [key for key in differing if _meaning(key) == "images"]
     if len({_held_out(Path(run)) for run in runs}) > 1:
         other.append("the fingerprints in history.jsonl")
@@ -58,7 +63,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 
 
 def _warnings(declared: Collection[Declaration], measured: Sequence[str], other: Sequence[str]) -> list[str]:
-    """What cannot be compared, where settings differ by which losses are `measured`, or `other` images looked at."""
+    """What cannot be compared because of differing settings: `measured` are those of the loss, `other` of the data."""
     lines = []
     of_losses = ["loss", *(score.key for score in headlines(of for of in declared if of.of_objective))]
     comparable = [of for of in declared if not of.of_objective]
@@ -78,7 +83,7 @@ def _warnings(declared: Collection[Declaration], measured: Sequence[str], other:
 
 
 def _contradictions(runs: Sequence[str | Path]) -> list[str]:
-    """Scores of one name that runs declare otherwise."""
+    """Scores that the runs declare under one name with different meanings."""
     said: dict[str, set] = {}
     for run in map(Path, runs):
         for declaration in read_declarations(run).values():
@@ -116,7 +121,7 @@ def _config(run: Path) -> TrainConfig:
 
 
 def _held_out(run: Path) -> str | None:
-    """The fingerprint of what a run was validated on last; in runs of earlier versions, of what it was trained on."""
+    """The fingerprint of the data of a run's last validation; in runs of earlier versions, of its training data."""
     rows = list(read_rows(run / FILE))
     return last_value(rows, "held_out") or last_value(rows, "samples")
 
@@ -127,10 +132,12 @@ def _row(name: str, config: TrainConfig, rows: list[dict], declared: Mapping[str
         parameters = sum(parameter.numel() for parameter in PixArt(c).parameters())
     flops = forward_flops(c, c.latent_size, c.latent_size, config.text.length)
     cells = [
-        name, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.3g}",
+        name,
+        f"{parameters / 1e6:.1f} M",
+        f"{flops / 1e9:.3g}",
         *(str(last_value(rows, key) or 0) for key in ("step", "images")),
         *(_number(last_value(rows, key)) for key in ("gpu_hours", "images_per_second", "loss")),
-    ]  # fmt: skip
+    ]
     for declaration in declared.values():
         for score in declaration.scores:
             cells.append(_number(last_value(rows, score.key)))
@@ -142,8 +149,3 @@ def _row(name: str, config: TrainConfig, rows: list[dict], declared: Mapping[str
 
 def _number(value: float | None) -> str:
     return f"{value:.4g}" if is_number(value) else ""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return [head, "|" + " --- |" * len(rows[0]), *body]

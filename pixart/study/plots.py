@@ -1,4 +1,4 @@
-"""Curves of several runs in one picture: losses, validation and throughput over steps, pictures or device-hours."""
+"""Curves of several runs in one figure: losses, validation and throughput over steps, images or device-hours."""
 
 import itertools
 import os
@@ -11,23 +11,23 @@ from pixart.errors import InputError, missing_extra
 from pixart.evaluate.metric import Declaration, Score
 from pixart.train.metrics import METRICS_FILE, is_number, merge_declarations, read_metrics
 
-LOSS, SPEED = "loss", "images_per_second"  # of training; their panels stand before and after those of the metrics
+LOSS, SPEED = "loss", "images_per_second"  # of training: the first and the last panel
 AXES = {"step": "optimizer step", "images": "training images", "gpu_hours": "device-hours"}
-STYLES = ("-", "--", "-.", ":")  # of the parts that share a panel
-SMOOTHED = 0.02  # share of a curve's points in the window of its running mean
+STYLES = ("-", "--", "-.", ":")  # line styles of the parts that share a panel
+SMOOTHED = 0.02  # window of the running mean, as a share of a curve's points
 
-Curve = tuple[list[float], list[float]]  # places on the x-axis and values
-Curves = Mapping[str, Mapping[str, Curve]]  # by run and name of the number
+Curve = tuple[list[float], list[float]]  # x values and y values
+Curves = Mapping[str, Mapping[str, Curve]]  # run → key → curve
 
 
 def plot_runs(runs: Sequence[str | Path], output: str | Path, *, x: str = "step", log_x: bool = False) -> None:
-    """Draw metrics.jsonl of one or more runs into one PNG, over one of `AXES`.
+    """Plot metrics.jsonl of one or more runs into a PNG, over one of `AXES`.
 
-    The training loss is drawn thin as it was logged, and over it its running mean (see `smooth`).
+    The training loss is drawn as a thin line, with its running mean (see `smooth`) on top.
 
     Raises:
-        InputError: a folder without a metrics.jsonl or with nothing in it; matplotlib is not installed; `output` is no
-            PNG or cannot be written; there is no such axis.
+        InputError: a folder has no metrics.jsonl or an empty one; matplotlib is not installed; `output` is not a PNG or
+            cannot be written; there is no such axis.
     """
     if x not in AXES:
         raise InputError(f"x: got '{x}', expected one of {', '.join(AXES)}")
@@ -43,8 +43,12 @@ def plot_runs(runs: Sequence[str | Path], output: str | Path, *, x: str = "step"
 
 
 def draw_curves(curves: Curves, declared: Mapping[str, Declaration], *, x: str = "step", log_x: bool = False):
-    """Curves of each run by its name, as `read_curves` gives them, and what the runs declare (`merge_declarations`) → a
-    matplotlib Figure: training loss, a panel for each headline of a metric and for its parts, throughput."""
+    """A matplotlib Figure: training loss, a panel for each headline of a metric and one for its parts, throughput.
+
+    Args:
+        curves: of each run, from `read_curves`.
+        declared: the metrics that the runs declare, from `merge_declarations`.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -74,7 +78,7 @@ def draw_curves(curves: Curves, declared: Mapping[str, Declaration], *, x: str =
 
 
 def make_panels(scores: Iterable[Score]) -> list[list[Score]]:
-    """A metric's scores by the panel that they are drawn in: a headline alone, parts of one label together."""
+    """Group a metric's scores into panels: a headline alone, parts with the same label together."""
     panels: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
         panels.setdefault(("", score.label) if score.part else (score.key, ""), []).append(score)
@@ -82,22 +86,21 @@ def make_panels(scores: Iterable[Score]) -> list[list[Score]]:
 
 
 def read_curves(run: Path, x: str = "step") -> dict[str, Curve]:
-    """Training loss, throughput and the metrics' scores in a run's metrics.jsonl over `x`, which is interpolated where
-    a row has none.
+    """Training loss, throughput and the metrics' scores from a run's metrics.jsonl, over `x`, which is
+    interpolated in rows that lack it.
 
     Raises:
-        InputError: no such file, or no metrics in it.
+        InputError: there is no such file, or it has no metrics.
     """
     path = run / METRICS_FILE
     if not path.is_file():
         raise InputError(f"{run}: there is no {METRICS_FILE} in it; expected a run's folder")
     rows, declared = read_metrics(run), merge_declarations([run])
     drawn = (LOSS, SPEED, *(score.key for declaration in declared.values() for score in declaration.scores))
-    known = [(row["step"], row[x]) for row in rows if is_number(row.get(x))]
     curves: dict[str, Curve] = {}
-    if rows and not known:
+    found = interpolate(rows, x)
+    if rows and not found:
         raise InputError(f"{path}: no row has '{x}'; take another axis, as step")
-    found = np.interp([row["step"] for row in rows], *zip(*known, strict=True)).tolist() if known else []
     for row, place in zip(rows, found, strict=True):
         for key in drawn:
             if not is_number(value := row.get(key)):
@@ -110,12 +113,18 @@ def read_curves(run: Path, x: str = "step") -> dict[str, Curve]:
     return curves
 
 
+def interpolate(rows: Sequence[dict], x: str) -> list[float]:
+    """The value of `x` at every row's step, interpolated in rows that lack it; empty if all do."""
+    known = [(row["step"], row[x]) for row in rows if is_number(row.get(x))]
+    return np.interp([row["step"] for row in rows], *zip(*known, strict=True)).tolist() if known else []
+
+
 def smooth(values: Sequence[float], share: float = SMOOTHED) -> list[float]:
-    """A centred running mean over the nearest `share` of the points, an odd number of them, fewer at the ends."""
+    """A centred running mean over an odd number of points, about `share` of them; fewer near the ends."""
     reach = int(len(values) * share / 2)
     result = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)  # as far to either side: else the ends would lag behind
+        near = min(reach, i, len(values) - 1 - i)  # equally far to both sides, so that the ends do not lag
         window = values[i - near : i + near + 1]
         result.append(sum(window) / len(window))
     return result
@@ -126,7 +135,8 @@ def _draw(axis, score: Score, curves: Curves) -> None:
     for number, (name, of_run) in enumerate(curves.items()):
         if score.key not in of_run:
             continue
-        (places, values), colour, drawn = of_run[score.key], f"C{number}", True  # a run has one colour in all panels
+        # a run has the same colour in all panels
+        (places, values), colour, drawn = of_run[score.key], f"C{number}", True
         if score.key == LOSS:
             axis.plot(places, smooth(values), linewidth=1.6, label=name, zorder=3, color=colour)
             axis.plot(places, values, linewidth=0.6, alpha=0.3, color=colour)
@@ -140,7 +150,7 @@ def _draw(axis, score: Score, curves: Curves) -> None:
 
 
 def _draw_parts(axis, parts: Sequence[Score], curves: Curves) -> None:
-    """A part has its style, a run its colour."""
+    """Draw parts in one panel: one line style per part, one colour per run."""
     from matplotlib.lines import Line2D
 
     styles = dict(zip((score.key for score in parts), itertools.cycle(STYLES)))
@@ -165,7 +175,7 @@ def _finish(axis, score: Score, direction: str = "") -> None:
 
 
 def name_runs(runs: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of the runs' paths that tell them apart."""
+    """The shortest trailing parts of the runs' paths that are distinct."""
     parts = [Path(os.path.abspath(run)).parts for run in runs]
     if len(set(parts)) < len(parts):
         raise InputError(f"a run is named twice: {', '.join(map(str, runs))}")

@@ -27,9 +27,19 @@ _PLACES = {
 }
 
 __all__ = [
-    "train", "TrainConfig", "DataConfig", "LoopConfig", "OptimizerConfig", "ObjectiveConfig", "TrainingData",
-    "TrainingSample", "Objective", "Example", "StepResult", "RunResult",
-]  # fmt: skip
+    "train",
+    "TrainConfig",
+    "DataConfig",
+    "LoopConfig",
+    "OptimizerConfig",
+    "ObjectiveConfig",
+    "TrainingData",
+    "TrainingSample",
+    "Objective",
+    "Example",
+    "StepResult",
+    "RunResult",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,15 @@
-"""Many processes: sharded models, what of a tensor is a process's own, and what they tell each other.
+"""Several processes: sharded models, each process's part of a tensor, and messages between processes.
 
-Weights, averages and moments are cut along their first dimension, process r of n holding rows r·⌈R/n⌉ to
-(r+1)·⌈R/n⌉ of R. Gradients travel by accelerate's group (NCCL on GPUs); words between hosts by gloo groups of their
-own, so that talking never waits for a device.
+Weights, averages and optimizer state are sharded along their first dimension: process r of n holds rows r·⌈R/n⌉ to
+(r+1)·⌈R/n⌉ of R. Gradients are reduced in accelerate's process group (NCCL on GPUs). Control messages use gloo groups
+of their own, so that they never wait for a device.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from pixart.cpu import use_onednn, uses_onednn
 from pixart.errors import InputError, LostProcess
 from pixart.model.pixart import PixArt
 
-# optimizers that treat every number for itself, and so are right on a part of a matrix; Muon or Adafactor are not
+T = TypeVar("T")
+# optimizers that update each number independently, and so can work on a part of a matrix; Muon and Adafactor cannot
 ELEMENTWISE = ("adamw", "adam", "sgd", "momentum", "nadamw", "lion", "radam", "rmsprop")
 
 
@@ -33,26 +34,44 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator, timeout: float):
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
-        self.control, self.saving = None, None  # the groups of the training thread and of the one that saves
+        self.control, self.saving = None, None  # groups of the training thread and the saving thread
         if self.count > 1:
             self.control, self.saving = (
                 dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2)
             )
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list:
-        """Every process's `value`, on all of them."""
+        """The `value` of every process, in all of them."""
         if self.count == 1:
             return [value]
         values: list = [None] * self.count
         dist.all_gather_object(values, value, group=group or self.control)
         return values
 
+    def from_main(self, find: Callable[[], T]) -> T:
+        """What `find` returns in the main process, in all of them.
+
+        Raises:
+            InputError: in all processes, if `find` raised it in the main one.
+        """
+        found = problem = None
+        if self.rank == 0:
+            try:
+                found = find()
+            except InputError as error:
+                problem = str(error)
+        found, problem = self.gather((found, problem))[0]
+        if problem is not None:
+            raise InputError(problem)
+        return found
+
 
 class Agreement:
-    """Flags that any process raises and all see after the same step.
+    """Flags that any process can raise and that all processes see after the same step.
 
-    Their maximum travels by gloo on the CPU and a step late: it is posted before one step and read before the next. So
-    no device is waited for, the network has a whole step's time, and yet everybody knows the same at the same place.
+    The flags are reduced (by maximum) over gloo on the CPU, one step late: posted before one step and read before the
+    next. So nothing waits for a device, the reduction has a whole step's time, and all processes still act on the same
+    flags at the same step.
     """
 
     def __init__(self, processes: Processes):
@@ -60,7 +79,7 @@ class Agreement:
         self._posted: tuple[dist.Work, Tensor] | None = None
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Post this process's flags; what all of them posted at the call before (alone: at this one)."""
+        """Post this process's flags → the maximum of what all posted at the previous call (of one process: these)."""
         if self.group is None:
             return flags
         values, before = torch.tensor(flags, dtype=torch.int32), self._posted
@@ -68,7 +87,7 @@ class Agreement:
         return self._read(before) if before is not None else (False,) * len(flags)
 
     def drain(self) -> tuple[bool, ...]:
-        """What was posted last, so that nothing is under way; all processes call it at the same place."""
+        """Read what was posted last, so that no reduction is pending; all processes call it at the same point."""
         before, self._posted = self._posted, None
         return self._read(before) if before is not None else ()
 
@@ -78,7 +97,7 @@ class Agreement:
         return tuple(posted[1].bool().tolist())
 
 
-# what torch, gloo and NCCL say when another process is gone; DistNetworkError is of the store, which process 0 holds
+# messages of torch, gloo and NCCL when another process is gone; the store, which process 0 holds, adds DistNetworkError
 _ENDED = (
     r"Connection (closed|reset|refused)|likely closed|Broken pipe|got 0 bytes|ncclRemoteError|remote process"
     r"|communicator was aborted"
@@ -86,14 +105,14 @@ _ENDED = (
 
 
 def lost_process(error: RuntimeError, timeout: float) -> LostProcess | None:
-    """What an error of torch.distributed means if it came from another process that ended or hangs."""
+    """A clear error in place of one of torch.distributed that comes from another process having ended or hung."""
     text = " ".join(str(error).split())
     known = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", text)
     if known and re.search(r"[Tt]imed ?out|[Tt]imeout", text):
-        what = f"another process did not answer for {timeout:g} s (train.timeout): it is stuck or slow"
+        what = f"another process did not respond for {timeout:g} s (train.timeout): it is stuck or slow"
     elif known and re.search(_ENDED, text):
-        what = "another process of this job has ended; what it said above, or its log, tells why"
-    else:  # of this process itself, as a GPU that is taken or out of memory: told as it is
+        what = "another process of this job has ended; its output above or its log says why"
+    else:  # an error of this process itself, e.g. a GPU in use or out of memory: left as it is
         return None
     return LostProcess(f"{what} ({text[:300]})")
 
@@ -102,17 +121,18 @@ def lost_process(error: RuntimeError, timeout: float) -> LostProcess | None:
 
 
 def world_of_one(device: torch.device) -> None:
-    """A process group for a run of one process that nobody launched; sharding needs one."""
+    """A process group for a run of one process without a launcher, since sharding needs a group."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shard(module: nn.Module, device: torch.device, *, trained: bool = True) -> None:
-    """Shard a module in place over all processes, every PixArt in it block by block (FSDP2).
+    """Shard a module in place over all processes, each PixArt in it block by block (FSDP2).
 
-    A block's weights are gathered where it runs, in fp32, and autocast sees to the rest, as without sharding: gathered
-    in bf16, the tables of adaLN would make the whole residual stream bf16, and the output errs three times as much.
+    A block's weights are gathered in fp32 when it runs, and autocast chooses the precision, as without sharding. If
+    they were gathered in bf16, the adaLN tables would make the whole residual stream bf16, and the output's error would
+    be three times as large.
     """
     world_of_one(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -121,19 +141,20 @@ def shard(module: nn.Module, device: torch.device, *, trained: bool = True) -> N
         if isinstance(part, PixArt) and not isinstance(part, FSDPModule):
             for block in part.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
-    # a module that is never trained has no backward pass that would take its outer layers apart again
+    # a module that is never trained has no backward pass after which FSDP would reshard its outer layers
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
 
 
-def check_sharded(optimizer: str, mixed_precision: str) -> None:
-    """Raises InputError for what is not right on sharded weights."""
-    if optimizer not in ELEMENTWISE:
+def check_sharded(optimizer: str | None, mixed_precision: str) -> None:
+    """Raises InputError for an optimizer (None: of weights that are not sharded) or a precision that does not work with
+    sharded weights."""
+    if optimizer is not None and optimizer not in ELEMENTWISE:
         raise InputError(
-            f"train.parallel fsdp cuts matrices into rows, which optimizer '{optimizer}' needs whole; take one of "
-            f"{', '.join(ELEMENTWISE)}, or train.parallel ddp"
+            f"train.parallel fsdp shards matrices by rows, but optimizer '{optimizer}' needs whole matrices; use "
+            f"one of {', '.join(ELEMENTWISE)}, or train.parallel ddp"
         )
     if mixed_precision == "fp16":
-        raise InputError("train.parallel fsdp takes mixed_precision bf16 or no, not fp16")
+        raise InputError("train.parallel fsdp works with mixed_precision bf16 or no, not fp16")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -146,12 +167,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together again; all processes call it."""
+    """The full tensor, gathered from all processes; all of them call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def rows(tensor: Tensor) -> tuple[int, int]:
-    """First and last + 1 row of a tensor that this process holds."""
+    """First and last + 1 of the rows of a tensor that this process holds."""
     total = len(tensor)
     if not isinstance(tensor, DTensor):
         return 0, total
@@ -161,17 +182,21 @@ def rows(tensor: Tensor) -> tuple[int, int]:
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """`part` as this process's part of something sharded as `tensor` is."""
+    """`part` as this process's part of a tensor sharded like `tensor`."""
     if not isinstance(tensor, DTensor):
         return part
     return DTensor.from_local(
-        part.to(tensor.device), tensor.device_mesh, tensor.placements, run_check=False,
-        shape=tensor.shape, stride=tensor.stride(),
-    )  # fmt: skip
+        part.to(tensor.device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def whole_model(model: PixArt, *, main: bool) -> PixArt | None:
-    """The model put together again in the main process, None in others; all processes call it."""
+    """The full model in the main process, None in others; all processes call it."""
     if not is_sharded(model):
         return model if main else None
     tensors = {}
@@ -190,7 +215,7 @@ def whole_model(model: PixArt, *, main: bool) -> PixArt | None:
 
 
 def gradient_sync(network: nn.Module, sync: bool) -> AbstractContextManager:
-    """The context of one micro-step: gradients are reduced over the processes in the last one alone."""
+    """The context of one micro-step: gradients are reduced over the processes only in the last one."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(sync)
         network.set_is_last_backward(sync)
@@ -200,8 +225,23 @@ def gradient_sync(network: nn.Module, sync: bool) -> AbstractContextManager:
 
 
 @torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of parameters that are whole in every process, beside a sharded network: all in one
+    reduction. A process that did not use a parameter adds zeros."""
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if not whole or dist.get_world_size() == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, part in zip(whole, flat.split([p.numel() for p in whole]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale all gradients down to a global norm of `limit` at most → their norm before, on the device."""
+    """Scale all gradients so that their global norm is at most `limit` → the norm before, on the device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [local(gradient) for gradient in gradients]
     norm = nn.utils.get_total_norm(parts)

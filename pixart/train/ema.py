@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in fp32, as a model of its own that can be sampled from."""
+"""Exponential moving average (EMA) of the weights in fp32, as a separate model that can be sampled from."""
 
 import copy
 
@@ -9,8 +9,14 @@ from pixart.train.distributed import local
 
 
 def make_ema(model: nn.Module) -> nn.Module:
-    """A frozen fp32 copy of `model` to average into; take it before the model is compiled, sharded or wrapped."""
-    return copy.deepcopy(model).float().eval().requires_grad_(False)
+    """A frozen fp32 copy of `model` to average into; make it before the model is compiled, sharded or wrapped."""
+    return in_fp32(copy.deepcopy(model)).eval().requires_grad_(False)
+
+
+def in_fp32(module: nn.Module) -> nn.Module:
+    """The module itself, converted in place if any of its tensors has another floating-point type."""
+    tensors = (*module.parameters(), *module.buffers())
+    return module if all(t.dtype == torch.float32 for t in tensors if t.is_floating_point()) else module.float()
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
@@ -20,10 +26,10 @@ def ema_decay(decay: float, step: int, *, warmup: bool) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, applied: Tensor) -> None:
-    """ema ← decay · ema + (1 - decay) · model, for every parameter; both list them in one order.
+    """ema ← decay · ema + (1 - decay) · model, for every parameter; both must list them in the same order.
 
-    `applied` is a truth value on the device: where it is false, nothing changes. Of a sharded model each process
-    averages its own part.
+    `applied` is a boolean on the device: if it is false, nothing changes. With sharded models each process averages its
+    own part.
     """
     averages = [local(value) for value in ema.parameters()]
     values = [local(value.detach()).float() for value in model.parameters()]

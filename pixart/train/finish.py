@@ -1,30 +1,22 @@
-"""What a finished run says: its score, where its pictures are, and the command that samples more."""
+"""The last lines of a finished run: where its model is, whose images it learnt from, the command that samples more."""
 
 import os
+import shlex
 
-from pixart.cli import find_device
-from pixart.cpu import use_onednn
 from pixart.data.openmoji import ATTRIBUTION
-from pixart.evaluate.retrieval import retrieval
-from pixart.inference.pipeline import Pipeline
+from pixart.invocation import command
 from pixart.train.config import TrainConfig
 from pixart.train.loop import RunResult
 
 
 def finish(config: TrainConfig, result: RunResult) -> str:
-    """Evaluate a finished run as `config.evaluate` says (in one process) → a few lines to print."""
+    """The lines to print after a finished run; empty in all processes but the first."""
     if int(os.environ.get("RANK", "0")) != 0:
         return ""
     lines = [f"trained {result.step} steps; model and averaged weights in {result.run}/checkpoints"]
+    lines += [ATTRIBUTION] if config.data.prepare else []
     captions = [caption for record in result.data.records[:1] for caption in record.captions]
-    prompt = [*config.prompts, *captions, "a prompt"][0]
-    if config.evaluate.retrieval:
-        pipeline = Pipeline.from_pretrained(result.run, device=find_device())
-        if result.onednn:
-            use_onednn(pipeline.model)
-        credit = ATTRIBUTION if config.data.prepare == "openmoji" else ""
-        score = retrieval(pipeline, result.data.records, result.run, config.sample, seed=config.seed, credit=credit)
-        lines += [f"picture: {score.sheet} (training image above, sample below; a red caption is a miss)", str(score)]
-        lines += [credit] * bool(credit)
-    lines.append(f'sample more: python scripts/sample.py --model {result.run} "{prompt}"')
+    prompt = next(prompt for prompt in [*config.prompts, *captions, "a prompt"] if len(prompt) <= 200)
+    quoted = shlex.quote(prompt) if set(prompt) & set('"$`\\!') else f'"{prompt}"'
+    lines.append(f"sample more: {command('sample')} --model {result.run} {quoted}")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""An optimizer's state in files: rows of tensors under their parameters' names, a file for each process that has some.
+"""An optimizer's state in files: rows of tensors under their parameters' names, one file per process that holds rows.
 
-So any number of processes can read what any other number wrote: each takes the rows it needs from whichever file has
-them. torch's own distributed checkpoint keeps its index as a pickle, or takes tensors alone; this takes neither.
+Any number of processes can read what any other number wrote: each reads the rows it needs from whichever file has them.
+torch's own distributed checkpoint either stores its index as a pickle or stores tensors only; this format needs no
+pickle and also holds values that are not tensors.
 """
 
 import json
@@ -24,11 +25,11 @@ FILE = "optimizer-{:05d}-of-{:05d}.safetensors"
 
 @dataclass
 class Moments:
-    """One process's part of an optimizer's state."""
+    """One process's part of the optimizer state."""
 
     tensors: dict[str, Tensor]  # "parameter/key" → rows
-    first: dict[str, int]  # the number of the first of these rows
-    record: dict  # groups and whatever is no tensor: small, and the same in all processes
+    first: dict[str, int]  # the index of the first of these rows
+    record: dict  # groups and all values that are not tensors: small, and the same in all processes
 
 
 def take_moments(
@@ -38,7 +39,7 @@ def take_moments(
     *,
     main: bool,
 ) -> Moments:
-    """Copy what this process writes by `copy`: its rows of what is sharded, and the `main` process all else."""
+    """Copy (by `copy`) what this process writes: its rows of sharded tensors, and in the `main` process all others."""
     state, names = optimizer.state_dict(), _order(optimizer, parameters)
     tensors, first, other = {}, {}, {}
     for index, values in state["state"].items():
@@ -50,7 +51,12 @@ def take_moments(
                 tensors[name], first[name] = copy(name, local(value)), rows(value)[0]
             elif main and not isinstance(value, DTensor):
                 tensors[name], first[name] = copy(name, value), 0
-    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    # an optimizer may hold tensors in a group, as Prodigy does, and change them while the checkpoint is written
+    groups = [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        | {"params": [names[i] for i in group["params"]]}
+        for group in state["param_groups"]
+    ]
     keys = {names[index]: sorted(set(values)) for index, values in state["state"].items()}
     return Moments(tensors, first, {"groups": groups, "keys": keys, "other": other})
 
@@ -69,15 +75,15 @@ def write_moments(folder: Path, moments: Moments, index: int, count: int) -> Pat
 def read_moments(
     folder: Path, record: dict, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> None:
-    """Put a checkpoint's state into an optimizer.
+    """Load a checkpoint's state into an optimizer.
 
     Raises:
-        InputError: a file is missing, or the state is of other parameters.
+        InputError: a file is missing, or the state belongs to other parameters.
     """
     names, files = _order(optimizer, parameters), MomentFiles(folder)
     stored = [name for group in record["groups"] for name in group["params"]]
     if stored != names:
-        odd = sorted(set(stored) ^ set(names)) or "the same in another order"
+        odd = sorted(set(stored) ^ set(names)) or "the same ones in another order"
         raise InputError(f"{folder}: its optimizer has other parameters than this run's: {odd}")
     state, index = {}, {name: i for i, name in enumerate(names)}
     for name, keys in record["keys"].items():
@@ -106,7 +112,7 @@ class MomentFiles:
         paths = sorted(folder.glob("optimizer-*.safetensors"))
         count = int(re.search(r"-of-(\d+)", paths[0].name)[1]) if paths else 1
         if [path.name for path in paths] != [FILE.format(i + 1, count) for i in range(count)]:
-            raise InputError(f"{folder}: of {count} optimizer files there are {len(paths)}")
+            raise InputError(f"{folder}: expected {count} optimizer files, found {len(paths)}")
         self.folder = folder
         self.pieces: dict[str, list[tuple[int, tuple[int, ...], Path]]] = {}
         for path in paths:
@@ -122,7 +128,7 @@ class MomentFiles:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor, from all files that have some; a number is read whole."""
+        """Rows `start` to `stop` of a tensor, from all files that hold some; a scalar is read whole."""
         pieces = sorted(self.pieces[name], key=lambda piece: piece[0])
         if not pieces[0][1]:
             with safe_open(pieces[0][2], "pt") as file:

@@ -1,4 +1,4 @@
-"""What a run consists of: the network and the objective's own modules, trained, averaged or only kept."""
+"""The modules of a run: the network and the objective's own, which are trained, averaged or only saved."""
 
 import copy
 from collections.abc import Iterator
@@ -21,27 +21,29 @@ from pixart.errors import InputError
 from pixart.model.initialize import initialize
 from pixart.model.pixart import PixArt
 from pixart.seeds import derive_seed
-from pixart.train.ema import make_ema
+from pixart.train.ema import in_fp32, make_ema
 
-MODEL, ADAPTER = "model", "adapter"  # names among the parts; others are the objective's
+MODEL, ADAPTER = "model", "adapter"  # reserved names of parts; all other parts are the objective's
 
 
 @dataclass
 class Parts:
-    """Modules by name."""
+    """A run's modules by name."""
 
     training: TrainingModule
-    trained: dict[str, nn.Module]  # optimised, averaged, saved: the network or an adapter on it, the objective's own
-    averages: dict[str, nn.Module]  # of the trained ones, in fp32
-    kept: dict[str, nn.Module]  # saved and sharded, not trained: a teacher, say
-    average: PixArt  # the network with what is averaged of it
+    trained: dict[str, nn.Module]  # optimised, averaged, saved: the network or its adapter, and the objective's
+    averages: dict[str, nn.Module]  # moving averages of the trained modules, in fp32
+    kept: dict[str, nn.Module]  # saved and sharded but not trained, e.g. a teacher
+    average: PixArt  # the network with averaged weights (or with the averaged adapter)
 
     @classmethod
     def of(cls, network: PixArt, objective: Objective, adapter: AdapterConfig | None = None, seed: int = 0) -> "Parts":
-        """Take it before anything is compiled, sharded or wrapped: averages are copies, of an adapter around the same
-        base."""
+        """Collect the parts; call this before anything is compiled, sharded or wrapped, since the averages are copies.
+        The average of an adapter shares its base network."""
         if reserved := {MODEL, ADAPTER} & {*objective.trained, *objective.state}:
-            raise InputError(f"objective: a module of its own is called '{min(reserved)}', a name of a run; rename it")
+            raise InputError(
+                f"objective: it has a module named '{min(reserved)}', a name reserved for the run; rename it"
+            )
         objective.state.requires_grad_(False)
         own = dict(objective.trained.items())
         training, averages = TrainingModule(network, objective), {name: make_ema(part) for name, part in own.items()}
@@ -51,7 +53,7 @@ class Parts:
         average = share(network)
         mine, averaged = (adapt(of, adapter, seed) for of in (network, average))
         training.adapter = mine
-        averages = {ADAPTER: averaged.float().eval().requires_grad_(False), **averages}
+        averages = {ADAPTER: in_fp32(averaged).eval().requires_grad_(False), **averages}
         return cls(training, {ADAPTER: mine, **own}, averages, dict(objective.state), average)
 
     @property
@@ -63,13 +65,17 @@ class Parts:
         return self.training.objective
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained modules' parameters: the network's under their own names, others after their module's."""
+        """The trained modules' parameters: the network's under their own names, others prefixed by their module's."""
         for part, module in self.trained.items():
             prefix = "" if part == MODEL else f"{part}."
             yield from ((prefix + name, parameter) for name, parameter in module.named_parameters())
 
+    def to_train(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimizer gets: those that are not frozen."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def averaged_objective(self) -> Objective:
-        """The objective with its trained modules' averages; the rest of it is shared."""
+        """The objective with the averages of its trained modules; everything else is shared."""
         objective = copy.copy(self.objective)
         averages = {name: module for name, module in self.averages.items() if name not in (MODEL, ADAPTER)}
         objective._modules = {**self.objective._modules, "trained": nn.ModuleDict(averages)}
@@ -77,23 +83,23 @@ class Parts:
 
 
 def make_objective(config: ObjectiveConfig, diffusion: DiffusionConfig, network: nn.Module, seed: int) -> Objective:
-    """The objective by its name; what it trains starts by `seed` and the tensors' names.
+    """The objective named in the configuration; its trained modules are initialised from `seed` and the tensors' names.
 
     Raises:
-        InputError: there is none of that name, or it does not take an option.
+        InputError: there is no such objective, or it does not take an option.
     """
     kind = OBJECTIVES[config.name]
     try:
         objective = kind(diffusion, network, **config.options)
     except TypeError as error:
-        raise InputError(f"objective '{config.name}' refuses its options {config.options}: {error}") from None
+        raise InputError(f"objective '{config.name}' does not accept its options {config.options}: {error}") from None
     initialize(objective.trained, derive_seed(seed, "objective"))
     return objective
 
 
 def leaves_unused(training: TrainingModule, example: Example) -> bool:
-    """Whether a step may leave weights without a gradient, which torch's DDP must know beforehand."""
-    if type(training.objective) is not Denoising:  # it may well depend on the step
+    """Whether a step may leave weights without a gradient, which torch's DDP must know in advance."""
+    if type(training.objective) is not Denoising:  # another objective may use other weights at each step
         return True
     loss = training(example)["loss"].sum()
     reached, seen, todo = set(), set(), [loss.grad_fn]

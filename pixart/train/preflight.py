@@ -1,4 +1,5 @@
-"""What a run reads, looked for before any work: an hour of encoding must not end in a typo."""
+"""Preflight checks: everything that a run reads is looked for before any work, so that a typo shows at once, not after
+an hour of encoding."""
 
 import copy
 import os
@@ -14,6 +15,7 @@ from pixart.checkpoint.init_from import start_from
 from pixart.data.arrays import ARRAYS
 from pixart.data.config import DataConfig
 from pixart.data.given import needs_text
+from pixart.data.prepare import will_be_made
 from pixart.data.sources import SOURCES
 from pixart.diffusion.sampling import resolve
 from pixart.diffusion.schedule import make_schedule
@@ -23,36 +25,40 @@ from pixart.encoders.vae_files import CONFIG, find_weights, read_settings
 from pixart.errors import InputError
 from pixart.features.official import is_official
 from pixart.features.store import read_manifest
+from pixart.invocation import command
 from pixart.model.pixart import PixArt
+from pixart.prompt import check_no_settings
 from pixart.train.config import TrainConfig
 from pixart.train.history import ENCODERS
 from pixart.train.optimizer import freeze
 
 
 def check_sources(config: TrainConfig, *, given: bool = False) -> None:
-    """Look for the pictures, the text encoder, the VAE and the weights to start from, of which all are read; with
-    samples that are `given`, not for pictures.
+    """Look for the images (unless samples are `given`), the text encoder, the VAE and the weights to start from. The
+    latter are read completely.
 
     Raises:
-        InputError: what is missing, a line each; or `train.freeze` does not fit the model.
+        InputError: something is missing (one line each), or `train.freeze` does not fit the model.
     """
     resolve(config.sample, make_schedule(config.diffusion))
+    for prompt in config.prompts:
+        check_no_settings(prompt, "prompts:")
     with torch.device("meta"):
         model = PixArt(config.model)
     for name in () if given else config.data_spec.extras.arrays:
-        _ = ARRAYS[name]
+        _ = ARRAYS[name.partition(":")[0]]
     freeze(model, config.train.freeze)
     looks: dict[str, Callable] = {}
     data = config.data
     if stores := [data.features] * bool(data.features) + [*data.mix]:
-        # which hold the prompts' states too, as a rule
+        # stores usually hold the prompts' states too, so no text encoder is needed
         looks = {f"features {store}": partial(_look_for_features, store) for store in stores}
         if data.validation_features:
             looks["data.validation_features"] = partial(_look_for_features, data.validation_features)
         elif data.validation_folder:
             raise InputError(
                 "data.validation_folder: training from data.features reads no images; make a store of them "
-                f"(scripts/extract.py CONFIG data.every=1 data.folder={data.validation_folder} data.features=STORE) "
+                f"({command('extract')} CONFIG data.every=1 data.folder={data.validation_folder} data.features=STORE) "
                 "and give it as data.validation_features"
             )
     elif not given or needs_text(config.data_spec):
@@ -60,13 +66,15 @@ def check_sources(config: TrainConfig, *, given: bool = False) -> None:
     if not stores and not given:
         if not data.prepare:
             looks = {"data.folder": partial(_look_for_images, data.folder, data.format), **looks}
-        if data.validation_folder:
+        if data.regularization and config.dreambooth is None:
+            looks["data.regularization"] = partial(_look_for_images, data.regularization, "auto")
+        if data.validation_folder and not will_be_made(data, data.validation_folder):
             looks["data.validation_folder"] = partial(_look_for_held_out, data)
     if config.vae.kind == "kl":
         looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
     if config.adapter is not None:
         adapt(copy.deepcopy(model), config.adapter)
-    # a run that goes on needs it no more, but for an adapter
+    # a resumed run no longer needs these weights, except under an adapter
     if config.init_from is not None and (config.adapter is not None or not checkpoints(Path(config.output))):
         looks["init_from"] = lambda: start_from(model, config.init_from, diffusion=config.diffusion)
     missing = []
@@ -91,10 +99,10 @@ def _look_for_images(folder: str, format: str) -> None:
         _ = SOURCES[format]
     if not folder:
         raise InputError(
-            "there is none; expected a folder of images with captions, or data in Python: train(…, data=…)"
+            "not set; expected a folder of images with captions, or data passed from Python: train(…, data=…)"
         )
     if not Path(folder).exists():
-        raise InputError(f"{folder}: there is none; expected a folder of images with captions")
+        raise InputError(f"{folder}: no such folder; expected a folder of images with captions")
 
 
 def _look_for_held_out(config: DataConfig) -> None:
@@ -108,4 +116,4 @@ def _look_for_held_out(config: DataConfig) -> None:
 def _look_for_text(config: TextConfig) -> None:
     load_tokenizer(config)
     if config.clean:
-        clean_caption("")  # needs packages of an extra
+        clean_caption("")  # raises if the packages of its extra are missing

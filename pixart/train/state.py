@@ -1,4 +1,4 @@
-"""What a resume needs, as one record: taken from a running state, and put back into one."""
+"""Everything that is needed to resume, as one record: taken from the state of a run, and loaded into one."""
 
 import random
 import warnings
@@ -25,19 +25,23 @@ from pixart.train.parts import ADAPTER, MODEL, Parts, leaves_unused
 from pixart.train.throughput import CallCounter
 
 STATE = "training.pt"
+KEPT = ".kept.safetensors"
 
 
 @dataclass
 class Progress:
-    """Counters of a run. Global batches taken from the data equal optimizer steps tried, so `step` is the position."""
+    """Counters of a run. Each optimizer step takes one global batch, applied or not, so `step` is also the position in
+    the data."""
 
-    step: int = 0  # optimizer steps tried; what schedules, intervals and the data order count in
-    skipped: int = 0  # of them not applied, for whatever reason; known up to the last log or save
-    skipped_in_row: int = 0  # of these, the last ones with a non-finite loss or gradient
-    spikes: int = 0  # of these, with a gradient norm above optimizer.skip_above
+    step: int = 0  # optimizer steps, applied or not; schedules, intervals and the data order count in these
+    skipped: int = 0  # steps not applied, for any reason; known up to the last log or save
+    skipped_in_row: int = 0  # of these, the latest consecutive ones: not finite, or above optimizer.skip_above
+    spikes: int = 0  # steps skipped for a gradient norm above optimizer.skip_above
     images: int = 0
     seconds: float = 0.0  # of training, over all starts
-    unreadable: dict[str, str] = field(default_factory=dict)  # id → reason of images met and skipped
+    unreadable: dict[str, str] = field(default_factory=dict)  # id → reason, of images that could not be read
+    # results of the steps that the checkpoint includes but metrics.jsonl does not yet, see `pixart.train.log.Watch`
+    unlogged: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -49,21 +53,22 @@ class TrainState:
     accelerator: Accelerator
     processes: Processes
     progress: Progress = field(default_factory=Progress)
+    base_weights: str | None = None  # fingerprint of the network under an adapter
     _wrapped: nn.Module | None = None
 
     def __post_init__(self):
         self.calls = CallCounter(self.parts.training, self.parts.network)
 
     def wrap(self, example: Example) -> nn.Module:
-        """The training module as it is called: itself in one process or sharded, else in torch's DDP, which is made at
-        the first example, since it must know whether a step leaves weights without a gradient."""
+        """The training module as it is called: itself in one process or when sharded, else wrapped in torch's DDP. DDP
+        must know whether a step leaves weights without a gradient, so it is made when the first example is known."""
         if self._wrapped is None:
             self._wrapped = self.parts.training
             if self.processes.count > 1 and not is_sharded(self.parts.network):
                 with self.accelerator.autocast():
                     unused = any(self.processes.gather(leaves_unused(self.parts.training, example)))
                 self.accelerator.ddp_handler.find_unused_parameters = unused
-                with warnings.catch_warnings():  # torch 2.11 knows no other name for this option
+                with warnings.catch_warnings():  # torch 2.11 has no other name for this option
                     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                     self._wrapped = self.accelerator.prepare_model(self.parts.training)
         return self._wrapped
@@ -71,22 +76,33 @@ class TrainState:
 
 @dataclass
 class Snapshot:
-    """A state's copy in the CPU's memory: what this process writes of a checkpoint."""
+    """A copy of the state in CPU memory: what this process writes of a checkpoint."""
 
     step: int
-    modules: dict[str, dict[str, Tensor]]  # by their place in the checkpoint; whole, in the main process alone
-    moments: Moments  # of the optimizer: this process's rows
-    record: dict  # of the main process
+    modules: dict[str, dict[str, Tensor]]  # by their place in the checkpoint; complete, in the main process only
+    moments: Moments  # the optimizer state: this process's rows
+    record: dict  # written by the main process
+    weights: dict[str, list[str]]  # by place, the tensors that must be finite: the trained ones and their averages
+
+    def not_finite(self) -> list[str]:
+        """The weights and averages that contain an infinity or a NaN, which a good checkpoint must not."""
+        return [
+            f"{place}/{name}"
+            for place, names in self.weights.items()
+            for name in names
+            if name in self.modules[place] and not torch.isfinite(self.modules[place][name]).all()
+        ]
 
 
 class Staging:
-    """Buffers in the CPU's memory, kept for the next save; pinned where there is a GPU, so that copies are fast."""
+    """Buffers in CPU memory that are reused by the next save; pinned if there is a GPU, for fast copies."""
 
     def __init__(self):
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Start copying a tensor; done when `finish` returns, and good until the next copy of that name."""
+        """Start copying a tensor. The copy is complete when `finish` returns, and valid until the next one of that
+        name."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -101,7 +117,7 @@ class Staging:
 
 @torch.no_grad()
 def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> Snapshot:
-    """Copy the state to the CPU; all processes call it. Sharded models are put together one tensor at a time."""
+    """Copy the state to the CPU; all processes call it. Sharded models are gathered one tensor at a time."""
     main = state.accelerator.is_main_process
     places = module_places(state.parts)
     modules: dict[str, dict[str, Tensor]] = {place: {} for place in places}
@@ -123,28 +139,33 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
         "versions": versions(),
         "revision": revision(),
     }
+    weights = {
+        place: [name for name, _ in module.named_parameters()]
+        for place, module in places.items()
+        if not place.endswith(KEPT)
+    }
     staging.finish()
-    return Snapshot(state.progress.step, modules, moments, record)
+    return Snapshot(state.progress.step, modules, moments, record, weights)
 
 
 def module_places(parts: Parts) -> dict[str, nn.Module]:
-    """Where in a checkpoint each module is: the network (or the adapter on it) and its average are folders that
-    sampling takes, the others files."""
+    """Where in a checkpoint each module is stored: the network (or its adapter) and its average as folders that can be
+    sampled from, the others as files."""
     first = MODEL if MODEL in parts.trained else ADAPTER
     places = {"model": parts.trained[first], "ema": parts.averages[first]}
     for name, module in parts.trained.items():
         if name != first:
             places |= {f"parts/{name}.safetensors": module, f"parts/{name}.ema.safetensors": parts.averages[name]}
-    return places | {f"parts/{name}.kept.safetensors": module for name, module in parts.kept.items()}
+    return places | {f"parts/{name}{KEPT}": module for name, module in parts.kept.items()}
 
 
 def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
-    """Put a checkpoint's weights, averages, optimizer, scaler, counters and random state into `state`, bit for bit.
+    """Load a checkpoint's weights, averages, optimizer, scaler, counters and random state into `state`, bit for bit.
 
     Each process reads its own rows, whatever the number of processes that wrote them.
 
     Returns:
-        what is worth telling, as lines.
+        notes for the user, one per line.
     """
     for place, module in module_places(state.parts).items():
         path = checkpoint / place
@@ -162,14 +183,14 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
     notes = []
     now = f"{state.processes.count} × {'fsdp' if is_sharded(state.parts.network) else 'ddp'}"
     if now != written_by:
-        notes.append(f"written by {written_by}, goes on with {now}")
+        notes.append(f"written by {written_by}, resumed with {now}")
     products, onednn = ("torch's", "oneDNN's"), uses_onednn(state.parts.network)
-    # before it was a choice, every CPU that could took it
+    # checkpoints from before this was a setting: every CPU that could use oneDNN did
     before = record.get("onednn", BOTH_LIBRARIES and state.accelerator.device.type == "cpu")
     if onednn != before:
         notes.append(
-            f"written with {products[before]} matrix product, goes on with {products[onednn]}: equal to rounding, not "
-            "bit for bit"
+            f"written with {products[before]} matrix product, resumed with {products[onednn]}: results are equal up to "
+            "rounding, not bit for bit"
         )
     return notes
 
@@ -178,7 +199,7 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
 def _load_weights(module: nn.Module, path: Path) -> None:
     tensors = module.state_dict()
     if not path.is_file():
-        raise InputError(f"{path} is missing: this run's objective has modules that the checkpoint does not")
+        raise InputError(f"{path} is missing: this run's objective has modules that the checkpoint does not have")
     with safe_open(path, "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if difference := compare_shapes({name: tuple(t.shape) for name, t in tensors.items()}, found):
@@ -190,7 +211,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _rng_state() -> dict:
-    # training draws all its numbers from (seed, epoch, sample id); this is for what a user's own code draws
+    # training itself draws from (seed, epoch, sample id); this state is for random numbers drawn by the user's own code
     version, internal, gauss = random.getstate()
     numpy = np.random.get_state()  # noqa: NPY002
     return {

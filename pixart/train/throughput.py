@@ -1,8 +1,10 @@
-"""What the machine does: FLOPs of the networks' calls, the peak that they are a share of, memory."""
+"""Throughput: FLOPs of the networks' calls, the peak FLOP/s of the device, memory."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +14,15 @@ from pixart.model.pixart import CaptionContext, PixArt
 
 
 class CallCounter:
-    """FLOPs of all calls of all PixArts within a module, as they are frozen when it is made.
+    """Counts the FLOPs of all calls of all PixArts within a module. Which networks are frozen is read when it is made.
 
-    By the convention of MFU (arXiv 2204.02311, appendix B): three forwards where a call is trained through, whatever
-    is computed twice to save memory or left out because it is frozen; two where only its input needs a gradient; one
-    without gradients. Padding of captions is counted, text encoder and autoencoder are not.
+    By the convention of MFU (arXiv 2204.02311, appendix B), a call counts as three forwards if the network is trained,
+    whether or not activations are recomputed or some weights are frozen; as two if only its input needs a gradient; as
+    one without gradients. Padding of captions is counted; the text encoder and the autoencoder are not.
     """
 
     def __init__(self, module: nn.Module, *trained: PixArt):
-        """`trained` are networks that count as trained through although their own weights are frozen."""
+        """`trained` are networks that count as trained even if their own weights are frozen."""
         self.flops, self._active = 0, False
         self._trained: dict[PixArt, bool] = {}
         for network in module.modules():
@@ -30,7 +32,7 @@ class CallCounter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Calls within are counted, others, as of a validation, are not."""
+        """A context in which calls are counted; calls outside it, e.g. of a validation, are not."""
         self._active = True
         try:
             yield
@@ -38,7 +40,7 @@ class CallCounter:
             self._active = False
 
     def take(self) -> int:
-        """FLOPs since the last call of this."""
+        """FLOPs since `take` was last called."""
         flops, self.flops = self.flops, 0
         return flops
 
@@ -57,9 +59,10 @@ class CallCounter:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of the fastest of ten products of large square matrices on `device`; takes less than a second."""
+    """TFLOP/s of the fastest of ten large square matrix products on `device`; takes less than a second."""
     side = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # leaves training's own generator alone
+    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         _wait_for(device)
@@ -71,12 +74,23 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_gb(device: torch.device) -> float:
-    """GiB: on CUDA the most that tensors have taken so far, elsewhere what the process holds now."""
+    """GiB: on CUDA the most memory that tensors have taken so far, elsewhere the process's current memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil  # accelerate brings it
 
     return psutil.Process().memory_info().rss / 2**30
+
+
+def resident(key: str) -> int | None:
+    """Resident memory in bytes, now (VmRSS) or at its peak (VmHWM), mapped pages included; None if not on Linux.
+
+    getrusage is not used because its peak includes that of the process from which this one was forked.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024
 
 
 def _wait_for(device: torch.device) -> None:

@@ -1,0 +1,67 @@
+"""From a configuration and a network to the parts that a run trains."""
+
+import torch
+
+from pixart.cpu import use_onednn
+from pixart.diffusion.objective import Objective
+from pixart.model.pixart import PixArt
+from pixart.train.config import TrainConfig
+from pixart.train.distributed import shard
+from pixart.train.optimizer import freeze
+from pixart.train.parts import Parts
+
+
+def assemble(config: TrainConfig, network: PixArt, objective: Objective, *, onednn: bool = False) -> Parts:
+    """The parts of a run around `network` and `objective`; sharded, if the configuration says so, and with what is not
+    trained frozen.
+
+    `onednn` makes both modules use oneDNN's matrix product on a CPU.
+
+    Raises:
+        InputError: the adapter or `train.freeze` does not fit the network.
+    """
+    device = next(network.parameters()).device
+    for module in (network, objective) if onednn else ():
+        if all(parameter.dtype == torch.float32 for parameter in module.parameters()):  # oneDNN's product is for fp32
+            use_onednn(module)
+    parts = Parts.of(network, objective, config.adapter, config.seed)
+    network.gradient_checkpointing = config.train.gradient_checkpointing
+    network.checkpointing_every = config.train.checkpointing_every
+    if config.train.compile:
+        network.compile_blocks()
+    if config.adapter is None:
+        freeze(network, config.train.freeze)
+    if config.train.parallel == "fsdp":  # accelerate's own FSDP needs a GPU; its prepare_model takes no sharded model
+        _shard(parts, device, adapted=config.adapter is not None)
+    return parts
+
+
+def place(network: PixArt, config: TrainConfig, device: torch.device | None = None) -> PixArt:
+    """A network in the precision that an adapter's base has, then moved to `device`."""
+    if config.adapter is not None and config.adapter.base_dtype != "float32":
+        _cast(network, getattr(torch, config.adapter.base_dtype))
+    return network if device is None else network.to(device)
+
+
+def _cast(network: PixArt, dtype: torch.dtype) -> None:
+    """Change the precision of all floating-point tensors; unlike `Module.to` it works on simulated ones, too."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+
+
+def _shard(parts: Parts, device: torch.device, *, adapted: bool) -> None:
+    """Shard what is large. Of an adapted network that is the frozen base, once for the network and once for its
+    average; what is trained stays whole in every process, whose gradients the training step averages."""
+    trained, frozen = [*parts.trained.values()], [*parts.averages.values(), *parts.kept.values()]
+    if adapted:
+        trained, frozen = [parts.network], [parts.average, *parts.kept.values()]
+    for module in trained:
+        shard(module, device)
+    for module in frozen:
+        shard(module, device, trained=False)
+    if not adapted:
+        shard(parts.training, device)

@@ -1,0 +1,4 @@
+from pixart.commands import run
+
+if __name__ == "__main__":
+    run("compare")
