@@ -155,6 +155,27 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, manifest: bool =
             (partial / MANIFEST).write_text(to_json({"blake2b": digests}, indent=2) + "\n", encoding="utf-8")
 
 
+def repeat(source: Path, target: Path) -> None:
+    """Make `target` a second name of a file, or a folder with second names of its tensors, which takes no space; a file
+    system without hard links gets a copy. Small files of a folder are copied, because people edit them.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def link(path: str, other: str) -> None:
+        if Path(path).suffix == ".safetensors":
+            with contextlib.suppress(OSError):
+                os.link(path, other)
+                return
+        shutil.copyfile(path, other)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+    else:
+        link(str(source), str(target))
+
+
 def write_file(target: Path, write: Callable[[Path], None], *, durable: bool = True, shared: bool = False) -> None:
     """Create or replace the file `target` atomically, as `write_folder` does; a reader sees the old or the new file.
 

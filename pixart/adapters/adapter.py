@@ -1,9 +1,9 @@
 """The contract of an adapter, and adapters by name."""
 
+import copy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-import torch
 from torch import nn
 
 from pixart.errors import InputError
@@ -11,6 +11,8 @@ from pixart.model.initialize import initialize
 from pixart.model.pixart import PixArt
 from pixart.registry import Registry
 from pixart.seeds import derive_seed
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Adapter(nn.Module):
@@ -60,9 +62,7 @@ def adapt(network: PixArt, config: AdapterConfig, seed: int = 0) -> Adapter:
     return adapter if all(parameter.device == device for parameter in adapter.parameters()) else adapter.to(device)
 
 
-def share(network: PixArt) -> PixArt:
-    """A second network around the same tensors, which another adapter may change."""
-    with torch.device("meta"):
-        twin = PixArt(network.config)
-    twin.load_state_dict(network.state_dict(), assign=True)
-    return twin.eval().requires_grad_(False)
+def share(module: Module) -> Module:
+    """A second module around the same parameters and buffers, in evaluation mode; an adapter may change it alone."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()

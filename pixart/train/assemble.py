@@ -11,11 +11,13 @@ from pixart.train.optimizer import freeze
 from pixart.train.parts import Parts
 
 
-def assemble(config: TrainConfig, network: PixArt, objective: Objective, *, onednn: bool = False) -> Parts:
+def assemble(
+    config: TrainConfig, network: PixArt, objective: Objective, *, onednn: bool = False, simulated: bool = False
+) -> Parts:
     """The parts of a run around `network` and `objective`; sharded, if the configuration says so, and with what is not
     trained frozen.
 
-    `onednn` makes both modules use oneDNN's matrix product on a CPU.
+    `onednn` makes both modules use oneDNN's matrix product on a CPU; `simulated` ones are neither compiled nor sharded.
 
     Raises:
         InputError: the adapter or `train.freeze` does not fit the network.
@@ -24,14 +26,16 @@ def assemble(config: TrainConfig, network: PixArt, objective: Objective, *, oned
     for module in (network, objective) if onednn else ():
         if all(parameter.dtype == torch.float32 for parameter in module.parameters()):  # oneDNN's product is for fp32
             use_onednn(module)
-    parts = Parts.of(network, objective, config.adapter, config.seed)
+    parts = Parts.of(network, objective, config.adapter, config.seed, averaged=config.averaged)
     network.gradient_checkpointing = config.train.gradient_checkpointing
     network.checkpointing_every = config.train.checkpointing_every
-    if config.train.compile:
+    if config.train.compile and not simulated:
         network.compile_blocks()
     if config.adapter is None:
         freeze(network, config.train.freeze)
-    if config.train.parallel == "fsdp":  # accelerate's own FSDP needs a GPU; its prepare_model takes no sharded model
+    if (
+        config.train.parallel == "fsdp" and not simulated
+    ):  # accelerate's own FSDP needs a GPU; its prepare_model takes no sharded model
         _shard(parts, device, adapted=config.adapter is not None)
     return parts
 

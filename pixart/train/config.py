@@ -84,7 +84,8 @@ class LoopConfig:
     deterministic: bool = setting(False, resume="free")
     freeze: tuple[str, ...] = ()  # name patterns of parameters to freeze, e.g. "blocks.[0-9].*"
     caption_dropout: float = setting(0.1, least=0, most=1)
-    ema: float = setting(0.9999, least=0, below=1)  # decay per step
+    # decay per step; 0 keeps no average, so that the weights themselves are validated, sampled from and saved
+    ema: float = setting(0.9999, least=0, below=1)
     ema_warmup: bool = False  # lower the decay to (1 + step) / (10 + step) at first
     # intervals in steps, here and below; each also happens at the end; 0 means never, but a run always saves at its end
     log_every: int = setting(20, resume="free", least=1)
@@ -258,6 +259,13 @@ class TrainConfig:
             raise InputError("dreambooth reads the images of data.folder; leave data.features and data.mix out")
         if self.data.captions or self.data.caption is not None:
             raise InputError("dreambooth: the caption is dreambooth.instance_prompt; leave data.caption(s) out")
+
+    @property
+    def averaged(self) -> bool:
+        """Whether there is an average beside the weights: asked for, a schedule-free optimizer's own, or a sharded
+        network's, whose shards FSDP keeps to itself."""
+        sharded = self.train.parallel == "fsdp" and self.adapter is None
+        return self.train.ema > 0 or self.optimizer.name.startswith("schedulefree") or sharded
 
     @property
     def data_spec(self) -> DataSpec:

@@ -15,8 +15,13 @@ def make_ema(model: nn.Module) -> nn.Module:
 
 def in_fp32(module: nn.Module) -> nn.Module:
     """The module itself, converted in place if any of its tensors has another floating-point type."""
+    return module if is_fp32(module) else module.float()
+
+
+def is_fp32(module: nn.Module) -> bool:
+    """Whether all of a module's floating-point tensors are in fp32."""
     tensors = (*module.parameters(), *module.buffers())
-    return module if all(t.dtype == torch.float32 for t in tensors if t.is_floating_point()) else module.float()
+    return all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
 
 
 def ema_decay(decay: float, step: int, *, warmup: bool) -> float:

@@ -21,7 +21,7 @@ from pixart.errors import InputError
 from pixart.model.initialize import initialize
 from pixart.model.pixart import PixArt
 from pixart.seeds import derive_seed
-from pixart.train.ema import in_fp32, make_ema
+from pixart.train.ema import in_fp32, is_fp32, make_ema
 
 MODEL, ADAPTER = "model", "adapter"  # reserved names of parts; all other parts are the objective's
 
@@ -35,26 +35,41 @@ class Parts:
     averages: dict[str, nn.Module]  # moving averages of the trained modules, in fp32
     kept: dict[str, nn.Module]  # saved and sharded but not trained, e.g. a teacher
     average: PixArt  # the network with averaged weights (or with the averaged adapter)
+    shared: frozenset[str] = frozenset()  # trained modules whose "average" is their own weights
 
     @classmethod
-    def of(cls, network: PixArt, objective: Objective, adapter: AdapterConfig | None = None, seed: int = 0) -> "Parts":
+    def of(
+        cls,
+        network: PixArt,
+        objective: Objective,
+        adapter: AdapterConfig | None = None,
+        seed: int = 0,
+        *,
+        averaged: bool = True,
+    ) -> "Parts":
         """Collect the parts; call this before anything is compiled, sharded or wrapped, since the averages are copies.
-        The average of an adapter shares its base network."""
+        The average of an adapter shares its base network.
+
+        Without `averaged` a module's average shares its weights and costs no memory. Two kinds are copied all the same:
+        an adapter, which is small and may hold on to its own tensors, and a module that is not in fp32.
+        """
         if reserved := {MODEL, ADAPTER} & {*objective.trained, *objective.state}:
             raise InputError(
                 f"objective: it has a module named '{min(reserved)}', a name reserved for the run; rename it"
             )
         objective.state.requires_grad_(False)
-        own = dict(objective.trained.items())
-        training, averages = TrainingModule(network, objective), {name: make_ema(part) for name, part in own.items()}
+        training, own = TrainingModule(network, objective), dict(objective.trained.items())
+        trained = own if adapter is not None else {MODEL: network, **own}
+        shared = frozenset(name for name, part in trained.items() if not averaged and is_fp32(part))
+        averages = {name: share(part) if name in shared else make_ema(part) for name, part in trained.items()}
+        kept = dict(objective.state)
         if adapter is None:
-            average = make_ema(network)
-            return cls(training, {MODEL: network, **own}, {MODEL: average, **averages}, dict(objective.state), average)
+            return cls(training, trained, averages, kept, averages[MODEL], shared)
         average = share(network)
         mine, averaged = (adapt(of, adapter, seed) for of in (network, average))
         training.adapter = mine
         averages = {ADAPTER: in_fp32(averaged).eval().requires_grad_(False), **averages}
-        return cls(training, {ADAPTER: mine, **own}, averages, dict(objective.state), average)
+        return cls(training, {ADAPTER: mine, **own}, averages, kept, average, shared)
 
     @property
     def network(self) -> PixArt:
@@ -73,6 +88,10 @@ class Parts:
     def to_train(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimizer gets: those that are not frozen."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def averaged(self) -> Iterator[tuple[str, nn.Module]]:
+        """The trained modules whose average is a tensor of its own, to be updated after every step."""
+        yield from ((name, module) for name, module in self.trained.items() if name not in self.shared)
 
     def averaged_objective(self) -> Objective:
         """The objective with the averages of its trained modules; everything else is shared."""

@@ -10,7 +10,7 @@ import torch
 
 from pixart.adapters.load import save_adapter
 from pixart.checkpoint.files import checkpoints, save_model, save_tensors, step_name
-from pixart.files import sync, verify, write_folder
+from pixart.files import repeat, sync, verify, write_folder
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes
 from pixart.train.optimizer_state import write_moments
@@ -113,6 +113,8 @@ class Saver:
                 else:
                     base = self.config.init_from, self.base_weights
                     save_adapter(folder / place, tensors, self.config.adapter, self.config.card, *base)
+            for place, source in snapshot.same.items():
+                repeat(folder / source, folder / place)
             write_moments(folder, snapshot.moments, 0, len(parts) if self.sharded else 1)
             try:
                 torch.save(snapshot.record, folder / STATE)

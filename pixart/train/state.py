@@ -83,6 +83,7 @@ class Snapshot:
     moments: Moments  # the optimizer state: this process's rows
     record: dict  # written by the main process
     weights: dict[str, list[str]]  # by place, the tensors that must be finite: the trained ones and their averages
+    same: dict[str, str]  # places that hold the same as another one
 
     def not_finite(self) -> list[str]:
         """The weights and averages that contain an infinity or a NaN, which a good checkpoint must not."""
@@ -145,18 +146,31 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
         if not place.endswith(KEPT)
     }
     staging.finish()
-    return Snapshot(state.progress.step, modules, moments, record, weights)
+    return Snapshot(state.progress.step, modules, moments, record, weights, same_places(state.parts))
 
 
 def module_places(parts: Parts) -> dict[str, nn.Module]:
     """Where in a checkpoint each module is stored: the network (or its adapter) and its average as folders that can be
-    sampled from, the others as files."""
-    first = MODEL if MODEL in parts.trained else ADAPTER
-    places = {"model": parts.trained[first], "ema": parts.averages[first]}
+    sampled from, the others as files. An average that shares the weights has no tensors to store, see `same_places`."""
+    places: dict[str, nn.Module] = {}
     for name, module in parts.trained.items():
-        if name != first:
-            places |= {f"parts/{name}.safetensors": module, f"parts/{name}.ema.safetensors": parts.averages[name]}
+        place, average = _places(name)
+        places[place] = module
+        if name not in parts.shared:
+            places[average] = parts.averages[name]
     return places | {f"parts/{name}{KEPT}": module for name, module in parts.kept.items()}
+
+
+def same_places(parts: Parts) -> dict[str, str]:
+    """The places of averages that share the weights → the places with their tensors."""
+    return {average: place for place, average in map(_places, sorted(parts.shared))}
+
+
+def _places(name: str) -> tuple[str, str]:
+    """Where a trained module and its average are stored."""
+    if name in (MODEL, ADAPTER):
+        return "model", "ema"
+    return f"parts/{name}.safetensors", f"parts/{name}.ema.safetensors"
 
 
 def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:

@@ -97,7 +97,7 @@ def train_step(
         accelerator.scaler.update()  # lowers its scale after an infinite gradient
     optimizer.zero_grad(set_to_none=True)
     decay = ema_decay(config.train.ema, progress.step, warmup=config.train.ema_warmup)
-    for name, module in parts.trained.items():
+    for name, module in parts.averaged():
         if is_schedule_free(optimizer):
             take_average(parts.averages[name], module, optimizer)
         else:

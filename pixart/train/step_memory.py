@@ -82,8 +82,7 @@ class _Simulation:
         except InputError as error:  # e.g. a vision model that is not here
             objective = Denoising(config.diffusion, network)
             self.notes.append(f"objective {config.objective.name} is counted as denoising: {error}")
-        alone = replace(config, train=replace(config.train, parallel="ddp", compile=False))
-        self.parts = assemble(alone, network, objective)
+        self.parts = assemble(config, network, objective, simulated=True)
         count = max(1, config.train.batch_size // config.train.accumulation // processes)
         self.batch = largest_batch(config, count)
         self.trained = self.parts.to_train()
@@ -164,7 +163,7 @@ class _Simulation:
             size, working = one_of_each_shape(self.trained.values(), config.optimizer)
             tracker.at_peak |= {STATE: size, TEMPORARY: tracker.at_peak.get(TEMPORARY, 0) + working}
         applied = torch.ones((), dtype=torch.bool)
-        for name, module in self.parts.trained.items():
+        for name, module in self.parts.averaged():
             update_ema(self.parts.averages[name], module, config.train.ema, applied)
         return size
 
