@@ -2,22 +2,29 @@
 
 import asyncio
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pages import make_adapter, served
-from pixart import Pipeline, SampleConfig
+from pixart import Pipeline, SampleConfig, commands
+from pixart.adapters.adapter import AdapterConfig, adapt
+from pixart.adapters.load import save_adapter
 from pixart.app.adapters import Adapters
 from pixart.app.drawing import Store
 from pixart.app.events import Events
 from pixart.app.form import ALONE, CANVAS, FIELDS, WITHOUT, from_list, to_list
-from pixart.app.models import Models, Options, Shelf
+from pixart.app.models import Models, Options, Shelf, identity
 from pixart.app.settings import Limits, read_form
 from pixart.app.worker import Pool
+from pixart.checkpoint.files import read_card
+from pixart.encoders.fingerprint import fingerprint
 from pixart.errors import InputError
+from pixart.files import write_folder
 from pixart.inference.records import read_loras, write_loras
 from pixart.inference.records import read_record as read_png
 from runs import make_model
@@ -152,6 +159,59 @@ def test_adapters_are_those_named_at_the_start(home, tmp_path):
         Adapters([str(tmp_path / "nothing.safetensors")])
     with pytest.raises(InputError, match="this is a model, not a LoRA"):
         Models([str(home / "model")], [str(home / "model" / "model.safetensors")])
+
+
+@pytest.mark.parametrize("kind", ["file", "peft", "diffusers"])
+def test_an_adapter_in_place_of_a_model_is_refused_before_the_page_is_served(home, tmp_path, kind, monkeypatch):
+    source = tmp_path / "style.safetensors"
+    if kind == "file":
+        make_adapter(source)
+    else:
+        source = tmp_path / "style"
+        name = {"peft": "adapter_model.safetensors", "diffusers": "pytorch_lora_weights.safetensors"}[kind]
+        make_adapter(source / name)
+        if kind == "peft":
+            (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
+    monkeypatch.setattr("pixart.app.server.serve", lambda *_: pytest.fail("the page was served"))
+    said = []
+    for name, *words in (["app", str(home / "model"), str(source)], ["sample", "--model", str(source), "a red square"]):
+        with pytest.raises(InputError) as error:
+            commands.load(name).main(commands.make_parser(name).parse_intermixed_args(words))
+        said.append(str(error.value))
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert "--lora" in said[0] and str(source) in said[0] and re.search("adapter|LoRA matrices", said[0])
+
+
+def test_an_adapter_of_ours_that_names_its_base_is_a_model_of_the_page(home, tmp_path):
+    network = Pipeline.from_pretrained(home / "model").model
+    weights = fingerprint(network)
+    adapter = adapt(network, AdapterConfig("lora", {"rank": 2}))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    config, card = AdapterConfig("lora", {"rank": 2}), read_card(home / "model")
+
+    def save(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_adapter(folder, adapter.state_dict(), config, card, str(home / "model"), weights)
+
+    steps = tmp_path / "run" / "checkpoints"
+    write_folder(steps / "step_00000002", lambda step: save(step / "ema"))
+    (tmp_path / "run" / "config.yaml").write_text("output: run\n")
+    save(tmp_path / "alone")
+    models = Models([str(home / "model"), str(tmp_path / "run"), str(tmp_path / "alone")])
+    shelf = Shelf(models, "cpu", Options())
+    assert list(models.paths()) == ["model", "run", "run, step 2", "alone"]
+    plain = np.array(shelf.get("model").pipeline("a red square", 7)[0])
+    for name, source in list(models.paths().items())[1:]:
+        mine = Pipeline.from_pretrained(source, load_text=False)
+        mine.text = shelf.get("model").pipeline.text
+        expected = np.array(mine("a red square", 7)[0])
+        assert np.array_equal(np.array(shelf.get(name).pipeline("a red square", 7)[0]), expected), name
+        assert not np.array_equal(plain, expected)
+    before = identity(str(tmp_path / "run"))
+    shutil.copytree(steps / "step_00000002", steps / "step_00000004")
+    assert identity(str(tmp_path / "run")) != before  # it trained on
 
 
 def test_records_of_strengths_are_exact_and_names_may_hold_anything():

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from pixart.adapters.load import WEIGHTS as ADAPTER
+from pixart.adapters.load import find_adapter
 from pixart.app.adapters import Adapters, Strengths
 from pixart.app.preview import Preview
 from pixart.app.settings import Limits, check_pixels, native_size
+from pixart.checkpoint.detect import recognise
 from pixart.checkpoint.files import checkpoints
+from pixart.checkpoint.load import network_card
 from pixart.checkpoint.locate import locate
 from pixart.diffusion.sampling import SampleConfig
 from pixart.encoders.autoencoder import AutoencoderConfig
@@ -51,14 +55,14 @@ class Models:
             adapters: as in `Adapters`.
 
         Raises:
-            InputError: there is no source, one of them is neither a model nor a run, or an adapter cannot be read.
+            InputError: there is no source, one of them is neither a model nor a run, as an adapter that does not name
+                its base, or an adapter cannot be read.
         """
         self.sources = list(dict.fromkeys(os.path.abspath(s) if os.path.exists(s) else s for s in sources))
         if not self.sources:
             raise InputError("no model: name at least one, a run, a model's folder or file, or a Hub id")
         for source in self.sources:
-            if not is_run(source):  # a run may be without a checkpoint yet
-                locate(source)
+            check_model(source)
         local = [source for source in self.sources if os.path.exists(source)]
         short = dict(zip(local, name_runs(local), strict=True)) if local else {}
         self.names = [short.get(source, source) for source in self.sources]
@@ -171,6 +175,20 @@ def is_run(source: str | Path) -> bool:
     return has_config(Path(source))
 
 
+def check_model(source: str) -> None:
+    """Refuse what no model can be loaded from, by its files and the names of its tensors. Our own adapters are models,
+    since they name their base; those of other tools are not.
+
+    Raises:
+        InputError: says what it is, as loading it would.
+    """
+    if is_run(source) or find_adapter(source) is not None:  # a run may be without a checkpoint yet
+        return
+    found = locate(source)
+    if network_card(found) is None:
+        recognise(found.weights.read(), found.name)
+
+
 def check_size(pipeline: Pipeline, size: tuple[int, int] | None, limits: Limits) -> None:
     """Refuse a size that is above the limit, or that a CPU's free memory cannot decode.
 
@@ -195,5 +213,6 @@ def identity(path: str) -> tuple:
     """What tells a model from a later one at the same place: its files and their times."""
     if not os.path.exists(path):
         return (path,)  # on the Hub
-    files = locate(path).weights.files
+    adapter = find_adapter(path)
+    files = locate(path).weights.files if adapter is None else (adapter / ADAPTER,)
     return (path, *((str(file), os.stat(file).st_mtime_ns) for file in files))
