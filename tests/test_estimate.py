@@ -125,9 +125,14 @@ def test_a_frozen_part_is_neither_trained_nor_has_it_optimizer_state():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("adamw", {}), ("muon", {}), ("adafactor", {}), ("came", {"lr": 1e-4}), ("prodigy", {"lr": 1.0})],
-)
+    [
+        ("adamw", {}), ("muon", {}), ("adafactor", {}), ("came", {"lr": 1e-4}), ("prodigy", {"lr": 1.0}),
+        ("bnbadamw8bit", {}),
+    ],
+)  # fmt: skip
 def test_optimizer_state_is_what_a_real_step_makes(name, options):
+    if name.startswith("bnb"):
+        pytest.importorskip("bitsandbytes")
     chosen = config(optimizer__name=name, **{f"optimizer__{key}": value for key, value in options.items()})
     model = PixArt(chosen.model)
     for parameter in model.parameters():

@@ -12,7 +12,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate([
         "errors seeds provenance invocation unicode console", "arguments files shipped",
-        "extensions registry settings ranges prompt device cpu",
+        "extensions registry settings ranges prompt device cpu quantize",
         "config cli contact_sheet",
         "model diffusion", "encoders", "checkpoint data", "features adapters", "inference", "evaluate", "train",
         "study", "app", "benchmark", "commands", "__main__",

@@ -1,17 +1,21 @@
 """Optimizers of pytorch-optimizer: their published updates, exact resumes, and schedule-free averages."""
 
+import shutil
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+from chaos import tensors
+from pixart.checkpoint.files import checkpoints
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
+from pixart.train.loop import train
 from pixart.train.more_optimizers import take_average
 from pixart.train.optimizer import make_optimizer
 from pixart.train.optimizer_state import read_moments, take_moments, write_moments
-from runs import build, settings
+from runs import build, change, make_pictures, settings
 from toy import relative
 
 pytest.importorskip("pytorch_optimizer")
@@ -162,6 +166,64 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(InputError, match=r"'prodigy' needs the package 'pytorch-optimizer': pip install .*optimizers"):
         make_optimizer({"weight": nn.Parameter(torch.zeros(2, 2))}, OptimizerConfig(name="prodigy"))
+
+
+def test_eight_bit_adamw_goes_the_way_of_adamw_and_keeps_its_state_in_bytes():
+    pytest.importorskip("bitsandbytes")
+    start, gradients = draw(80, 96, steps=20)
+    gradients = [0.1 * gradient + 0.05 for gradient in gradients]
+    both = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+    found, optimizer = trained(OptimizerConfig(name="bnbadamw8bit", **both), start, gradients)
+    exact, _ = trained(OptimizerConfig(name="adamw", **both), start, gradients)
+    assert relative(found - start, exact - start) <= 0.03
+    state = optimizer.state[found]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    large = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, torch.Tensor))
+    assert large <= 2.5 * found.numel() + 2 * 4 * 256  # two bytes a number, scales, and two tables
+
+
+def test_a_run_with_eight_bit_adamw_goes_on_bit_for_bit(tmp_path, text_encoder):
+    pytest.importorskip("bitsandbytes")
+    base = settings(tmp_path / "run", make_pictures(tmp_path / "images"), text_encoder)
+    base = change(base, optimizer__name="bnbadamw8bit", optimizer__lr=0.01, model__hidden_size=72, train__keep=9)
+    run, again = train(build(base)).run, tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(checkpoints(again)[-1])
+    train(build(base, output=str(again)))
+    found, expected = (tensors(checkpoints(place)[-1]) for place in (again, run))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert any(value.dtype == torch.uint8 for value in found.values())
+    with pytest.raises(InputError, match="fsdp shards matrices by rows, but optimizer 'bnbadamw8bit' needs whole"):
+        train(build(base, train__parallel="fsdp", train__steps=8))
+
+
+def test_eight_bit_adamw_says_what_it_lacks_before_any_work(tmp_path, monkeypatch):
+    base = settings(tmp_path / "run", tmp_path / "none", tmp_path / "none")
+    wanted = build(base, optimizer__name="bnbadamw8bit")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(InputError, match=r"'bnbadamw8bit' needs the package 'bitsandbytes': .*pixart\[quantize\]"):
+            train(wanted)
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    with pytest.raises(InputError, match=r"has no option 'blocksize' \(there are .*min_8bit_size"):
+        make_optimizer(
+            {"weight": nn.Parameter(torch.zeros(2, 2))}, OptimizerConfig(name="bnbadamw8bit", options={"blocksize": 64})
+        )
+
+    def lacking(*_):
+        raise NotImplementedError("Could not run 'bitsandbytes::optimizer_update_8bit_blockwise'\nwith arguments")
+
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", lacking)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"'bnbadamw8bit' needs CUDA: bitsandbytes [\d.]+ cannot .* 'cpu'") as caught:
+        train(wanted)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_wrong_optimizer_is_told_before_any_work(tmp_path):
+    base = settings(tmp_path / "run", tmp_path / "none", tmp_path / "none")
+    with pytest.raises(InputError, match="there is no 'camee'; similar names: came"):
+        train(build(base, optimizer__name="camee"))
 
 
 def test_schedule_free_asks_for_no_second_average(tmp_path):

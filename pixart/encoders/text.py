@@ -22,6 +22,7 @@ from pixart.encoders.caption_cleaning import clean_caption
 from pixart.encoders.text_files import read_encoder_config, variant_of
 from pixart.errors import InputError, missing_extra
 from pixart.files import read_json
+from pixart.quantize import load_bitsandbytes
 from pixart.ranges import check_numbers
 from pixart.unicode import mend
 
@@ -296,8 +297,7 @@ def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> di
     """transformers' options for loading in 8 or 4 bits onto a device."""
     if quantize not in ("8bit", "4bit"):
         raise InputError(f"quantize: got {say(quantize)}, expected 8bit or 4bit")
-    if not _is_installed("bitsandbytes"):
-        raise missing_extra("bitsandbytes", "quantize", f"a text encoder in {quantize[0]} bits")
+    load_bitsandbytes(f"a text encoder in {quantize[0]} bits")
     if device.type != "cuda" or not torch.cuda.is_available():
         have = "" if torch.cuda.is_available() else ", and there is no CUDA device here"
         raise InputError(f"a text encoder in {quantize[0]} bits runs on CUDA: got device '{device}'{have}")

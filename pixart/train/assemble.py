@@ -33,9 +33,8 @@ def assemble(
         network.compile_blocks()
     if config.adapter is None:
         freeze(network, config.train.freeze)
-    if (
-        config.train.parallel == "fsdp" and not simulated
-    ):  # accelerate's own FSDP needs a GPU; its prepare_model takes no sharded model
+    # accelerate's own FSDP needs a GPU; its prepare_model takes no sharded model
+    if config.train.parallel == "fsdp" and not simulated:
         _shard(parts, device, adapted=config.adapter is not None)
     return parts
 

@@ -44,7 +44,8 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     # torch's fused AdamW, or any optimizer of timm.optim or, with the extra "optimizers", of pytorch-optimizer: came,
-    # prodigy (lr is a factor, usually 1), schedulefreeadamw (which averages the weights itself: set train.ema to 0)
+    # prodigy (lr is a factor, usually 1), schedulefreeadamw (which averages the weights itself: set train.ema to 0);
+    # bnbadamw8bit, whose state has 8 bits, needs the extra "quantize"
     name: str = "adamw"
     lr: float = setting(2e-5, above=0)
     # "sqrt" multiplies lr by √(train.batch_size / 256), as the authors' code does; the paper's table lists lr unscaled

@@ -1,4 +1,5 @@
-"""Optimizers of the package pytorch-optimizer (an extra): CAME, Prodigy, schedule-free AdamW and others by name."""
+"""Optimizers of two extras by name: pytorch-optimizer's (CAME, Prodigy, schedule-free AdamW and others), and those of
+bitsandbytes, whose state has 8 bits."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pixart.errors import InputError, did_you_mean, missing_extra
+from pixart.quantize import load_bitsandbytes
 from pixart.train.distributed import local
 
 # names that are told of before the package is installed
@@ -38,14 +40,50 @@ def make_more(
     except ImportError:
         raise missing_extra("pytorch-optimizer", "optimizers", f"optimizer.name '{name}'") from None
     kind = load_optimizer(name)
-    # their constructors ignore options that they do not know
+    _check_options(kind, name, options)
+    _try(kind, name, lr, weight_decay, options)
+    return kind(parameters, lr=lr, weight_decay=weight_decay, **options)
+
+
+def make_bitsandbytes(
+    name: str, parameters: list, lr: float, weight_decay: float, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer of bitsandbytes that has this name in timm, as bnbadamw8bit. timm's own maker insists on CUDA, but
+    recent versions of bitsandbytes have these optimizers on a CPU, too.
+
+    Raises:
+        InputError: the package is not installed or cannot use this device, or the optimizer does not take an option.
+    """
+    bitsandbytes = load_bitsandbytes(f"optimizer.name '{name}'")
+    from timm.optim import get_optimizer_info
+
+    info = get_optimizer_info(name)
+    kind = getattr(bitsandbytes.optim, str(info.opt_class).rpartition(".")[2])
+    _check_options(kind, name, options)
+    options = {**(info.defaults or {}), **({"momentum": 0.9} if info.has_momentum else {}), **options}
+    options = {key: options[key] for key in options if key in inspect.signature(kind).parameters}
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    if first.is_cuda or not torch.cuda.is_available():  # else it is only asked for, and CUDA will be used
+        trial = nn.Parameter(torch.ones(64, 64, device=first.device))  # of fewer than 4096 numbers it keeps 32 bits
+        trial.grad = torch.ones_like(trial)
+        try:
+            kind([trial], lr=lr, weight_decay=weight_decay, **options).step()
+        except (RuntimeError, NotImplementedError, AttributeError) as error:  # what versions without this device raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(
+                f"optimizer '{name}' needs CUDA: bitsandbytes {bitsandbytes.__version__} cannot use it on device "
+                f"'{first.device.type}' ({reason})"
+            ) from None
+    return kind(parameters, lr=lr, weight_decay=weight_decay, **options)
+
+
+def _check_options(kind: type, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a constructor does not have: many ignore those that they do not know."""
     known = [key for key, value in inspect.signature(kind).parameters.items() if value.kind is not value.VAR_KEYWORD]
     known = [key for key in known if key not in GIVEN]
     if unknown := [key for key in options if key not in known]:
         hint = did_you_mean(unknown[0], known)
         raise InputError(f"optimizer '{name}' has no option '{unknown[0]}'{hint} (there are {', '.join(known)})")
-    _try(kind, name, lr, weight_decay, options)
-    return kind(parameters, lr=lr, weight_decay=weight_decay, **options)
 
 
 def _try(kind: type, name: str, lr: float, weight_decay: float, options: Mapping[str, Any]) -> None:

@@ -5,17 +5,19 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from pixart.errors import InputError
 from pixart.train.config import OptimizerConfig
-from pixart.train.more_optimizers import MORE, make_more, more_optimizers
+from pixart.train.more_optimizers import MORE, make_bitsandbytes, make_more, more_optimizers
 
 
 def make_optimizer(named: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW for "adamw", else timm's optimizer of that name, else pytorch-optimizer's.
+    """torch's fused AdamW for "adamw", else timm's optimizer of that name (bnb…: bitsandbytes'), else
+    pytorch-optimizer's.
 
     Raises:
         InputError: there is no such optimizer, it does not take an option, or a group's pattern matches nothing.
@@ -37,6 +39,8 @@ def make_optimizer(named: Mapping[str, torch.nn.Parameter], config: OptimizerCon
         if config.name not in known:
             near = difflib.get_close_matches(config.name, [*known, *(more or MORE)], n=3)
             raise InputError(f"optimizer.name: there is no '{config.name}'; similar names: {', '.join(near) or 'none'}")
+        if config.name.startswith("bnb"):
+            return make_bitsandbytes(config.name, parameters, config.lr, config.weight_decay, options)
         return timm.optim.create_optimizer_v2(
             parameters, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **options
         )
@@ -44,6 +48,11 @@ def make_optimizer(named: Mapping[str, torch.nn.Parameter], config: OptimizerCon
         if isinstance(error, InputError):
             raise
         raise InputError(f"optimizer '{config.name}' does not accept its options {options}: {error}") from None
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Make the optimizer for one small matrix, so that a wrong one shows before any work. Raises InputError."""
+    make_optimizer({"weight": nn.Parameter(torch.zeros(2, 2))}, replace(config, groups=()))
 
 
 def group_parameters(named: Mapping[str, torch.nn.Parameter], config: OptimizerConfig) -> list:

@@ -42,7 +42,8 @@ def take_moments(
     """Copy (by `copy`) what this process writes: its rows of sharded tensors, and in the `main` process all others."""
     state, names = optimizer.state_dict(), _order(optimizer, parameters)
     tensors, first, other = {}, {}, {}
-    for index, values in state["state"].items():
+    states = {index: _flat(values) for index, values in state["state"].items()}
+    for index, values in states.items():
         for key, value in values.items():
             name = f"{names[index]}/{key}"
             if not isinstance(value, Tensor):
@@ -57,8 +58,17 @@ def take_moments(
         | {"params": [names[i] for i in group["params"]]}
         for group in state["param_groups"]
     ]
-    keys = {names[index]: sorted(set(values)) for index, values in state["state"].items()}
+    keys = {names[index]: sorted(set(values)) for index, values in states.items()}
     return Moments(tensors, first, {"groups": groups, "keys": keys, "other": other})
+
+
+def _flat(values: dict) -> dict:
+    """A parameter's state without the dictionary into which bitsandbytes wraps the 8-bit part of it; it reads both
+    forms. Left in it, tensors would not be copied before training goes on and changes them."""
+    inner = [key for key, value in values.items() if isinstance(value, dict)]
+    return {key: value for key, value in values.items() if key not in inner} | {
+        key: value for name in inner for key, value in values[name].items()
+    }
 
 
 def write_moments(folder: Path, moments: Moments, index: int, count: int) -> Path:

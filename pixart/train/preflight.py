@@ -30,7 +30,7 @@ from pixart.model.pixart import PixArt
 from pixart.prompt import check_no_settings
 from pixart.train.config import TrainConfig
 from pixart.train.history import ENCODERS
-from pixart.train.optimizer import freeze
+from pixart.train.optimizer import check_optimizer, freeze
 
 
 def check_sources(config: TrainConfig, *, given: bool = False) -> None:
@@ -41,6 +41,7 @@ def check_sources(config: TrainConfig, *, given: bool = False) -> None:
         InputError: something is missing (one line each), or `train.freeze` does not fit the model.
     """
     resolve(config.sample, make_schedule(config.diffusion))
+    check_optimizer(config.optimizer)
     for prompt in config.prompts:
         check_no_settings(prompt, "prompts:")
     with torch.device("meta"):
