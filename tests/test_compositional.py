@@ -16,8 +16,8 @@ from pixart.config import load_config
 from pixart.data.compositional import GENDERS, TONES, build_compositional, build_openmoji_all, combinations
 from pixart.data.config import DataConfig
 from pixart.data.sources import make_table, scan
-from pixart.evaluate.compositional import CHANCE, Compositional, cell_items, read_cells
-from pixart.evaluate.image_metric import Task
+from pixart.evaluate.compositional import CHANCE, Compositional, read_cells
+from pixart.evaluate.image_metric import Task, number_prompts
 from pixart.train.config import TrainConfig
 from pixart.train.loop import train
 from pixart.train.metrics import read_metrics
@@ -121,7 +121,9 @@ def test_a_model_combines_what_it_learnt_and_one_of_shuffled_captions_does_not(c
 def test_a_sheet_shows_real_images_above_and_marks_misses(compositional_folder, tmp_path):
     cells = read_cells(compositional_folder)
     metric = Compositional()
-    metric.open(Task(cell_items(cells), (32, 32), torch.device("cpu"), compositional_folder))
+    metric.open(
+        Task(number_prompts([cell.caption for cell in cells]), (32, 32), torch.device("cpu"), compositional_folder)
+    )
     shown = metric.shown()
     assert len(set(shown)) == 24 and all(cells[i].held_out for i in shown)
     real = {i: np.array(Image.open(cells[i].file).convert("RGB")) for i in shown}

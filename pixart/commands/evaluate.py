@@ -10,6 +10,7 @@ metrics (NAME or NAME:MODEL, several at once):
     kid, prdc               kernel distance; improved precision and recall, density and coverage (also with :MODEL)
     clip_score:MODEL        any CLIP of transformers
     compositional           combinations drawn right, for the embedded set
+    tones, subject          the same for what an adapter has been taught, and for what it should have kept
     denoising_error         of a model on the images of --data; by itself, nothing is drawn
 
 examples:

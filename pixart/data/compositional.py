@@ -89,7 +89,7 @@ def build_compositional(folder: str | Path, *, side: int = 72) -> Path:
         InputError: a package of the extra `openmoji` is not installed, or `folder` holds something else.
     """
 
-    return render_emoji(folder, lambda: [_row(cell) for cell in combinations()], side=side)
+    return render_emoji(folder, lambda: [*map(combination_row, combinations())], side=side)
 
 
 def build_openmoji_all(folder: str | Path, *, side: int = 72) -> Path:
@@ -107,12 +107,14 @@ def build_openmoji_all(folder: str | Path, *, side: int = 72) -> Path:
         cells, second = _find()
         known = {cell.svg for cell in cells} | set(second)
         others = [(svg, "", {"text": caption}) for _, svg, caption in named_emoji() if svg not in known]
-        return sorted([*(_row(cell) for cell in cells), *others], key=lambda row: row[0].stem)
+        return sorted([*map(combination_row, cells), *others], key=lambda row: row[0].stem)
 
     return render_emoji(folder, rows, side=side)
 
 
-def _row(cell: Combination) -> tuple[Path, str, dict]:
-    """A combination as `render_emoji` takes it."""
+def combination_row(cell: Combination, subfolder: str | None = None) -> tuple[Path, str, dict]:
+    """A combination as `render_emoji` takes it; by default held-out ones have a subfolder of their own."""
+    if subfolder is None:
+        subfolder = HELD_OUT if cell.held_out else ""
     attributes = {"activity": cell.activity, "gender": cell.gender, "tone": cell.tone}
-    return cell.svg, HELD_OUT if cell.held_out else "", {"text": cell.caption, **attributes}
+    return cell.svg, subfolder, {"text": cell.caption, **attributes}

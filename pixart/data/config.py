@@ -38,7 +38,7 @@ class DataConfig:
     # folder to which the paths of an official list are relative; null follows the official rule
     images: str | None = setting(None, path=True)
     # create the folder's content if it does not exist yet
-    prepare: Literal["openmoji", "openmoji_all", "compositional"] | None = None
+    prepare: Literal["openmoji", "openmoji_all", "compositional", "tones", "subject"] | None = None
     resolution: int = setting(256, least=1)  # side in pixels of the square bucket
     aspect_ratios: bool = False  # use all buckets of the table, not only the square one
     # your own table instead: (height, width) in pixels

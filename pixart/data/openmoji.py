@@ -59,7 +59,7 @@ def render_emoji(folder: str | Path, rows: Callable[[], Sequence[tuple[Path, str
             png = resvg.svg_to_bytes(
                 svg_path=str(svg), width=side, height=side, background="white", skip_system_fonts=True
             )
-            (partial / subfolder).mkdir(exist_ok=True)
+            (partial / subfolder).mkdir(parents=True, exist_ok=True)
             (partial / subfolder / f"{svg.stem}.png").write_bytes(bytes(png))
             metadata.setdefault(subfolder, []).append(to_json({"file_name": f"{svg.stem}.png", **entries}) + "\n")
         for subfolder, lines in metadata.items():

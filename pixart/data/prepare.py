@@ -3,10 +3,17 @@
 from pathlib import Path
 
 from pixart.data.compositional import build_compositional, build_openmoji_all
+from pixart.data.compositional_parts import build_subject, build_tones
 from pixart.data.config import DataConfig
 from pixart.data.openmoji import build_openmoji
 
-BUILDERS = {"openmoji": build_openmoji, "compositional": build_compositional, "openmoji_all": build_openmoji_all}
+BUILDERS = {
+    "openmoji": build_openmoji,
+    "openmoji_all": build_openmoji_all,
+    "compositional": build_compositional,
+    "tones": build_tones,
+    "subject": build_subject,
+}
 
 
 def prepare(data: DataConfig) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from pixart.contact_sheet import contact_sheet
-from pixart.data.compositional import GENDERS, HELD_OUT, TONES
+from pixart.data.compositional import GENDERS, HELD_OUT, TONES, combinations
+from pixart.data.compositional_parts import TAUGHT
 from pixart.data.openmoji import ATTRIBUTION
 from pixart.errors import InputError
-from pixart.evaluate.image_metric import ImageMetric, Item, Rows, Task
+from pixart.evaluate.image_metric import ImageMetric, Rows, Task
 from pixart.evaluate.interval import Estimate, rate_estimate
 from pixart.evaluate.metric import Declaration, Score
 from pixart.evaluate.reference import read_images
@@ -38,13 +39,15 @@ class Cell:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """All combinations of a folder that `data.prepare: compositional` made, in the order of their file names.
+    """All combinations of a folder that `data.prepare: compositional` or `tones` made, in the order of
+    their file names.
 
     Raises:
         InputError: it is not such a folder.
     """
     cells = []
-    for part in (folder, folder / HELD_OUT):
+    taught = [folder / TAUGHT] if (folder / TAUGHT).is_dir() else []
+    for part in (folder, folder / HELD_OUT, *taught):
         path = part / "metadata.jsonl"
         if not path.is_file():
             raise InputError(
@@ -56,7 +59,7 @@ def read_cells(folder: Path) -> list[Cell]:
                 continue  # an emoji outside the combinations, in the set of all emoji
             try:
                 attributes = tuple(row[name] for name in ASPECTS)
-                cells.append(Cell(part / row["file_name"], row["text"], attributes, part != folder))
+                cells.append(Cell(part / row["file_name"], row["text"], attributes, part == folder / HELD_OUT))
             except KeyError as error:
                 raise InputError(f"compositional: {path}: a row has no {error}; make the folder anew") from None
     if not cells:
@@ -65,11 +68,6 @@ def read_cells(folder: Path) -> list[Cell]:
             "compositional made"
         )
     return sorted(cells, key=lambda cell: cell.file.stem)
-
-
-def cell_items(cells: Sequence[Cell]) -> list[Item]:
-    """One image per combination; its seed is the number of the combination."""
-    return [Item(cell.caption, number, number) for number, cell in enumerate(cells)]
 
 
 class Compositional(ImageMetric):
@@ -84,16 +82,22 @@ class Compositional(ImageMetric):
         needs=("images",),
     )
 
+    name = "compositional"
     legend = "real images above, drawn ones below; a red caption is a miss"
+
+    @classmethod
+    def own_prompts(cls, reference: Path | None) -> list[str]:
+        known = reference is not None and (reference / "metadata.jsonl").is_file()
+        return [cell.caption for cell in (read_cells(reference) if known else combinations())]
 
     def open(self, task: Task) -> None:
         super().open(task)
-        self.cells = read_cells(task.needed_reference("compositional"))
+        self.cells = read_cells(task.needed_reference(self.name))
         numbers = {cell.caption: i for i, cell in enumerate(self.cells)}
-        self.asked = [numbers.get(prompt) for prompt in task.needed_prompts("compositional")]
+        self.asked = [numbers.get(prompt) for prompt in task.needed_prompts(self.name)]
         if None in self.asked:
             stranger = task.items[self.asked.index(None)].prompt
-            raise InputError(f"compositional: '{stranger}' is no caption of the set; leave --prompts out to draw them")
+            raise InputError(f"{self.name}: '{stranger}' is no caption of the set; leave --prompts out to draw them")
         images = read_images([cell.file for cell in self.cells], task.size, "crop", "reference")
         known: dict[bytes, int] = {}
         self.classes = np.array([known.setdefault(image.tobytes(), len(known)) for image in images])
@@ -162,10 +166,9 @@ class Compositional(ImageMetric):
 
     def summary(self, estimates: Mapping[str, Estimate]) -> str | None:
         facts, new, seen = self.facts(), estimates["compositional"], estimates["compositional_seen"]
-        half = 50 * ((new.high or 0) - (new.low or 0))
         parts = ", ".join(f"{name} {100 * estimates[f'compositional_{name}'].value:.0f} %" for name in ASPECTS)
         return (
-            f"never seen in training: {100 * new.value:.1f} % (±{half:.1f}) of {facts['held_out']} combinations drawn "
+            f"never seen in training: {new.percent()} of {facts['held_out']} combinations drawn "
             f"right (chance {100 * CHANCE:.0f} %); {parts}\n"
             f"seen in training: {100 * seen.value:.1f} % of {facts['seen']}"
         )

@@ -30,6 +30,12 @@ class Item:
     cluster: int  # the number of its prompt; intervals must not treat images of one prompt as independent
 
 
+def number_prompts(prompts: Sequence[str]) -> list[Item]:
+    """One image for every prompt, its seed the prompt's number; equal prompts belong together."""
+    first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+    return [Item(prompt, i, first[prompt]) for i, prompt in enumerate(prompts)]
+
+
 @dataclass
 class Task:
     """What a metric receives before any image is drawn."""
@@ -83,6 +89,11 @@ class ImageMetric(Metric):
     `open` is called before anything is drawn, then the functions of `rows` for every image, in any order and process,
     and finally `estimate` with the rows of all images in order.
     """
+
+    @classmethod
+    def own_prompts(cls, reference: Path | None) -> list[str]:
+        """The prompts of which images are drawn when none are given; none if they must be given."""
+        return []
 
     def open(self, task: Task) -> None:
         """Load models and references, and refuse a task that cannot be scored.

@@ -22,6 +22,11 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
+    def percent(self) -> str:
+        """A rate as a text: 93.5 % (±3.1)."""
+        half = f" (±{50 * (self.high - self.low):.1f})" if self.low is not None and self.high is not None else ""
+        return f"{100 * self.value:.1f} %{half}"
+
     @classmethod
     def around(
         cls,

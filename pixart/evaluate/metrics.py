@@ -1,14 +1,18 @@
 """Metrics by name; a new one is a file and a line here."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from pixart.errors import InputError
 from pixart.evaluate.clip_score import ClipScore
 from pixart.evaluate.compositional import Compositional
 from pixart.evaluate.denoising_error import DenoisingError
 from pixart.evaluate.feature_metrics import FID, KID, PRDC, Frechet
+from pixart.evaluate.image_metric import ImageMetric
 from pixart.evaluate.loss import Loss
 from pixart.evaluate.metric import Metric, Processes
+from pixart.evaluate.subject import SubjectScores
+from pixart.evaluate.tones import Tones
 from pixart.registry import Registry
 
 METRICS: Registry[type[Metric]] = Registry("train.metrics")
@@ -21,6 +25,8 @@ for _name, _kind in (
     ("prdc", PRDC),
     ("clip_score", ClipScore),
     ("compositional", Compositional),
+    ("tones", Tones),
+    ("subject", SubjectScores),
 ):
     METRICS.register(_name)(_kind)
 
@@ -43,6 +49,13 @@ def make_metrics(names: Iterable[str], setting: str = METRICS.setting) -> dict[s
         for score in metrics[name].declaration.scores:
             _claim(owners, score.key, name, setting)
     return metrics
+
+
+def own_prompts(names: Iterable[str], reference: Path | None, setting: str = METRICS.setting) -> list[str]:
+    """What the first of these metrics that has prompts of its own is drawn for; none if none has."""
+    kinds = (METRICS.find(name.partition(":")[0], setting) for name in names)
+    found = (kind.own_prompts(reference) for kind in kinds if issubclass(kind, ImageMetric))
+    return next((prompts for prompts in found if prompts), [])
 
 
 def collect(metrics: Mapping[str, Metric], processes: Processes) -> dict[str, float]:

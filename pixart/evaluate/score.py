@@ -14,9 +14,8 @@ from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.sources import make_table, scan
 from pixart.errors import InputError, did_you_mean
-from pixart.evaluate.compositional import cell_items, read_cells
-from pixart.evaluate.image_metric import ImageMetric, Item, Task
-from pixart.evaluate.metrics import make_metrics
+from pixart.evaluate.image_metric import ImageMetric, Item, Task, number_prompts
+from pixart.evaluate.metrics import make_metrics, own_prompts
 from pixart.evaluate.model_error import DataImages, ModelDenoisingError
 from pixart.evaluate.protocols import PROTOCOLS, Ready
 from pixart.evaluate.record import SCORES
@@ -182,11 +181,9 @@ def _find(options: Options) -> tuple[Ready, list[Path]]:
         items = [Item(p, None, i if p is None else first[p]) for i, p in enumerate(known)]
         return Ready(items), paths
     if prompts is None:
-        if "compositional" not in options.metrics:
+        if not (own := own_prompts(options.metrics, Path(options.reference) if options.reference else None, "metrics")):
             raise InputError("prompts: got none; give --prompts FILE, --data SOURCE or --protocol NAME")
-        if options.reference is None:
-            raise InputError("compositional compares with real images: give --reference FOLDER")
-        return Ready(cell_items(read_cells(Path(options.reference)))[: options.limit]), []
+        return Ready(number_prompts(own)[: options.limit]), []
     first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}  # equal prompts belong together
     pairs = [(first[prompt], prompt) for prompt in prompts for _ in range(options.count)]
     return Ready([Item(p, options.seed + n, i) for n, (i, p) in enumerate(pairs)][: options.limit]), []

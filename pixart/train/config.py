@@ -11,7 +11,6 @@ from pixart.checkpoint.files import ModelCard
 from pixart.cli import read_prompts
 from pixart.config import setting
 from pixart.data.arrays import Extras
-from pixart.data.compositional import combinations
 from pixart.data.config import DataConfig
 from pixart.data.training_set import DataSpec
 from pixart.diffusion.objective import GIVEN, OBJECTIVES, ObjectiveConfig
@@ -20,6 +19,7 @@ from pixart.diffusion.schedule import DiffusionConfig, make_schedule
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.encoders.text import TextConfig
 from pixart.errors import InputError
+from pixart.evaluate.metrics import own_prompts
 from pixart.features import ExtractConfig
 from pixart.model.layers import ROUTING
 from pixart.model.pixart import PixArtConfig
@@ -127,7 +127,8 @@ class EvaluateConfig:
     }
     # of drawn images, at every train.evaluate_every: keys of METRICS, as NAME or NAME:ARGUMENT
     metrics: tuple[str, ...] = ()
-    # a file of one prompt a line; without one the combinations of `compositional`, or the held-out images' captions
+    # a file of one prompt a line; without one the prompts of the first metric that has its own, as `compositional`, or
+    # the held-out images' captions
     prompts: str | None = setting(None, path=True)
     images: int | None = setting(None, least=1)  # draw so many of them only
     reference: str | None = setting(None, path=True)  # folder of real images, or a .npz of mu and sigma
@@ -142,9 +143,7 @@ class EvaluateConfig:
         """The prompts of drawn images; none if they are the held-out captions."""
         if self.prompts is not None:
             return read_prompts(self.prompts)
-        if "compositional" in self.metrics:
-            return [cell.caption for cell in combinations()]
-        return []
+        return own_prompts(self.metrics, Path(self.reference) if self.reference else None, "evaluate.metrics")
 
 
 @dataclass(frozen=True)

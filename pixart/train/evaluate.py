@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pixart.errors import InputError
-from pixart.evaluate.image_metric import ImageMetric, Item, Task, what_to_keep
+from pixart.evaluate.image_metric import ImageMetric, Item, Task, number_prompts, what_to_keep
 from pixart.evaluate.run import write_sheets
 from pixart.evaluate.score import open_image_metrics
 from pixart.inference.latents import decode, sample_latents, to_images
@@ -35,7 +35,7 @@ def open_scores(session: Session, config: TrainConfig) -> ImageScores | None:
     if not config.train.evaluate_every:
         return None
     prompts = wanted.read_prompts() or _held_out_captions(session)
-    items = [Item(prompt, i, i) for i, prompt in enumerate(prompts)][: wanted.images]
+    items = number_prompts(prompts)[: wanted.images]
     side = config.model.latent_size * session.autoencoder.downsample
     task = Task(
         items,
