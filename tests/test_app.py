@@ -134,6 +134,10 @@ def test_a_preview_is_exact_for_a_linear_decoder_and_the_image_itself_for_pixels
     pixels = torch.rand(1, 3, 8, 8) * 2 - 1
     assert torch.equal(Preview(IdentityAutoencoder()).pixels(pixels), pixels)
     assert Preview(IdentityAutoencoder()).image(pixels).size == (192, 192)
+    many = torch.rand(1, 3, 200, 256).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+    small = np.array(Preview(IdentityAutoencoder()).image(many))  # 800 × 1024 are reduced by 4
+    assert small.shape == (200, 256, 3)
+    assert abs(small / 127.5 - 1 - many[0, :, ::4, ::4].permute(1, 2, 0).numpy()).max() < 1 / 127
 
 
 @pytest.mark.parametrize(

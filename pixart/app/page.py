@@ -155,11 +155,14 @@ def _results(gr, form: Form, events: Events, page) -> None:
     filled = in_order(form.fields, list(form.adapters.values()))
 
     async def on_draw(request: gr.Request, *sent):
+        unchanged = gr.skip()
         try:
             async for html, results in events.draw(request.session_hash, *from_list(sent, adapters)):
                 if results is None:
-                    yield html, gr.skip(), gr.skip(), gr.skip()
+                    yield html, unchanged, gr.skip(), gr.skip()
                 else:
+                    # for a gallery that is skipped Gradio makes its schema anew, half the work of showing a state
+                    unchanged = gr.skip() if results else []
                     images = [(str(result.path), result.caption) for result in results]
                     yield html, gr.Gallery(images, selected_index=None), [result.record for result in results], None
         except Busy as busy:

@@ -20,8 +20,9 @@ from pixart.errors import InputError, missing_extra
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOAD = 64 << 20  # bytes of one request
-# seconds between two looks of Gradio's queue for work: its own 0.001 takes some 5 % of a core from what is being drawn
-IDLE = 0.02
+# seconds between two looks of Gradio's queue for work, and for the progress of functions, which the page does not use:
+# its own 0.001 and 0.01 take some 6 % of a core from what is being drawn
+IDLE, PROGRESS = 0.05, 1.0
 # what the page itself asks for, after /gradio_api/; all other of Gradio's addresses are refused
 ASKED = re.compile(
     r"(queue/(join|data)|run/\w+|call/\w+(/\w+)?|cancel|reset|upload|upload_progress|heartbeat/\w+|startup-events|info|"
@@ -113,7 +114,7 @@ def make_app(
         show_error=True, max_file_size=UPLOAD, ssr_mode=False, footer_links=[], mcp_server=False,
         theme=gr.themes.Default(**fonts), css=STYLE,
     )  # fmt: skip
-    page._queue.sleep_when_free = IDLE
+    page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = IDLE, PROGRESS
     return Guard(app, hosts=LOOPBACK if address.local else None), pool
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +41,23 @@ class Job:
     error: str = ""
     seen: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    _calls: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         return self.state in ("done", "failed", "cancelled")
+
+    def when_finished(self, call: Callable[[], None]) -> None:
+        """Call this once the job is finished, from whichever thread finishes it; perhaps twice, or at once."""
+        self._calls.append(call)
+        if self.finished:
+            call()
+
+    def finish(self, state: str) -> None:
+        self.state = state
+        for call in list(self._calls):
+            with suppress(RuntimeError):  # the event loop that waited is closed
+                call()
 
     def look(self) -> None:
         """The page asks about the job: it is still wanted."""
@@ -98,7 +112,7 @@ class Pool:
                 job.cancelled = True
                 if job in self._jobs:
                     self._jobs.remove(job)
-                    job.state = "cancelled"
+                    job.finish("cancelled")
         return bool(mine)
 
     def close(self) -> None:
@@ -125,7 +139,7 @@ class Pool:
             job.x0 = None
             with self._change:
                 self._running.pop(job)
-                job.state = state
+                job.finish(state)
 
     def _next(self) -> Job | None:
         with self._change:
