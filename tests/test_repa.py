@@ -17,6 +17,7 @@ from pixart.features.store import FeatureStore
 from pixart.files import read_rows
 from pixart.model.initialize import initialize
 from pixart.train.loop import train
+from pixart.train.preflight import check_sources
 from pixart.train.repa import Repa
 from runs import build, change, make_pictures, settings
 from toy import relative, tiny_inputs, tiny_model
@@ -150,6 +151,17 @@ def test_features_that_are_not_there_are_one_line(vit):
         objective(model)(model, example(model))
     with pytest.raises(InputError, match="a feature store has no images for the encoder"):
         objective(model, size=None, encoder=f"{vit}@32")(model, example(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "match"),
+    [({"size": 8}, {}, "its option size needs data.targets"),
+     ({"encoder": "nowhere"}, {"data__features": "store"}, "a feature store has no images")],
+)  # fmt: skip
+def test_features_that_are_not_there_are_told_before_anything_is_loaded(base, options, data, match):
+    wanted = change(base, objective={"name": "repa", "options": {"block": 0, **options}}, **data)
+    with pytest.raises(InputError, match=match):
+        check_sources(build(wanted))
 
 
 @pytest.fixture(scope="module")

@@ -266,7 +266,8 @@ def test_the_authors_controlnet_is_an_edit_of_the_stream():
             state[0] = control.copied_block(into, shared, tokens, kept, Layout(grid))
             return stream + control.after_proj(state[0])
 
-        assert relative(model(x, t, caption, mask, edit=edit), golden["out"]) <= 1e-6
+        # torch.randn rounds differently on processors of different makers, so the weights differ in their last bits
+        assert relative(model(x, t, caption, mask, edit=edit), golden["out"]) <= 5e-6
 
 
 def test_no_edit_and_nothing_kept_is_the_same_bit_for_bit():

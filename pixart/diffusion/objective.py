@@ -1,6 +1,6 @@
 """Training objectives: modules that build x_t, call the network as often as they need, and return named loss terms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,15 @@ class Objective(nn.Module):
     def forward(self, network: Network, example: Example) -> dict[str, Tensor]:
         """Loss terms (B,) by name: "loss" is minimised, all are logged."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any], targets: Collection[str], *, pixels: bool) -> str | None:
+        """What an objective with these options needs and the data does not have, as one line; None if nothing.
+
+        A run asks before it loads anything. `targets` are the names in `data.targets`; `pixels` is whether the data are
+        images and not a feature store.
+        """
+        return None
 
     def after_step(self, network: nn.Module, applied: Tensor) -> None:
         """Called after every optimizer step, under `torch.no_grad`, e.g. to update a target average

@@ -17,6 +17,7 @@ from pixart.data.config import DataConfig
 from pixart.data.given import needs_text
 from pixart.data.prepare import will_be_made
 from pixart.data.sources import SOURCES
+from pixart.diffusion.objective import GIVEN, OBJECTIVES
 from pixart.diffusion.sampling import resolve
 from pixart.diffusion.schedule import make_schedule
 from pixart.encoders.caption_cleaning import clean_caption
@@ -48,6 +49,10 @@ def check_sources(config: TrainConfig, *, given: bool = False) -> None:
         model = PixArt(config.model)
     for name in () if given else config.data_spec.extras.arrays:
         _ = ARRAYS[name.partition(":")[0]]
+    if not given and not config.objective.name.startswith(GIVEN):
+        objective, stored = OBJECTIVES[config.objective.name], bool(config.data.features or config.data.mix)
+        if lack := objective.missing(config.objective.options, config.data.targets, pixels=not stored):
+            raise InputError(lack)
     freeze(model, config.train.freeze)
     looks: dict[str, Callable] = {}
     data = config.data

@@ -1,5 +1,8 @@
 """REPA (arXiv 2410.06940): hidden states of the network are aligned with features of a frozen vision model."""
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -75,16 +78,24 @@ class Repa(Denoising):
         terms = self.measure(output, example, t)
         return terms | {"loss": terms["loss"] + self.weight * alignment, "alignment": alignment}
 
-    @torch.no_grad()
-    def _find_features(self, example: Example) -> Tensor:
-        """The features on the network's grid of tokens: fp32 (B, N, D)."""
-        if self.features is not None and example.pixels is None:
-            raise InputError(
+    @classmethod
+    def missing(cls, options: Mapping[str, Any], targets: Collection[str], *, pixels: bool) -> str | None:
+        if options.get("encoder") is not None and not pixels:
+            return (
                 "objective repa: a feature store has no images for the encoder; put its features there "
                 f"({command('extract')} CONFIG, with data.targets {{repa: vision:ENCODER}}) and set size"
             )
-        if self.features is None and TARGET not in example.targets:
-            raise InputError("objective repa: its option size needs data.targets {repa: vision:ENCODER}")
+        if options.get("size") is not None and TARGET not in targets:
+            return "objective repa: its option size needs data.targets {repa: vision:ENCODER}"
+        return None
+
+    @torch.no_grad()
+    def _find_features(self, example: Example) -> Tensor:
+        """The features on the network's grid of tokens: fp32 (B, N, D)."""
+        if lack := self.missing(
+            {"size" if self.features is None else "encoder": True}, example.targets, pixels=example.pixels is not None
+        ):
+            raise InputError(lack)
         features = example.targets[TARGET] if self.features is None else self.features(example.pixels)
         image = rearrange(features.float(), "b h w d -> b d h w")
         grid = tuple(side // self.patch for side in example.x0.shape[-2:])
