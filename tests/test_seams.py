@@ -250,7 +250,9 @@ def test_the_authors_controlnet_is_an_edit_of_the_stream():
     x, t, caption = given["x"], given["t"], given["y"].squeeze(1)
     mask = given["mask"].reshape(len(x), -1) if "mask" in given else None
     with torch.no_grad():
-        assert relative(model(x, t, caption, mask)[:, :8], golden["out.noc"]) <= 1e-6
+        # torch.randn rounds differently on processors of different makers, so the weights differ in their last bits
+        tolerance = 5e-6
+        assert relative(model(x, t, caption, mask)[:, :8], golden["out.noc"]) <= tolerance
         shared = model.t_block(model.embed_time(t, None, None))
         tokens = model.y_embedder(caption)
         kept = None if mask is None else mask.bool()[:, None, None, :]
@@ -266,8 +268,7 @@ def test_the_authors_controlnet_is_an_edit_of_the_stream():
             state[0] = control.copied_block(into, shared, tokens, kept, Layout(grid))
             return stream + control.after_proj(state[0])
 
-        # torch.randn rounds differently on processors of different makers, so the weights differ in their last bits
-        assert relative(model(x, t, caption, mask, edit=edit), golden["out"]) <= 5e-6
+        assert relative(model(x, t, caption, mask, edit=edit), golden["out"]) <= tolerance
 
 
 def test_no_edit_and_nothing_kept_is_the_same_bit_for_bit():
