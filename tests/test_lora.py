@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -15,6 +17,7 @@ from checkpoints import in_diffusers
 from pixart import commands
 from pixart.adapters.adapter import AdapterConfig, adapt
 from pixart.adapters.apply import Loras, merge
+from pixart.adapters.base import mark_base
 from pixart.adapters.load import load_with_card
 from pixart.adapters.lora import find_layers
 from pixart.adapters.lora_files import FORMATS, read_lora, write_lora
@@ -213,9 +216,8 @@ def trained(request, network, tmp_path) -> tuple[Path, torch.nn.Module]:
     options.pop("lora", None)
     save_model(tmp_path / "base", network.state_dict(), ModelCard(network.config))
     from pixart.adapters.load import save_adapter
-    from pixart.encoders.fingerprint import fingerprint
 
-    weights = fingerprint(network)
+    weights = mark_base(network)
     adapter = randomised(adapt(network, AdapterConfig("lora", options)))
     (tmp_path / "mine").mkdir()
     card = ModelCard(network.config)
@@ -376,6 +378,70 @@ def test_a_sheet_has_a_column_for_each_strength_and_changes_none(run, tmp_path, 
     labels = ["0: a red square", "2: a red square", "0: a dog", "2: a dog"]
     assert sheet.tobytes() == contact_sheet(cells, labels, columns=2).tobytes()
     assert plain[0].tobytes() != strong[0].tobytes()
+
+
+# ---------------------------------------------------------------------------------------------------- another base
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_keep_the_mark_of_the_base_through_every_format(trained, tmp_path, format):
+    source, _ = trained
+    base, _ = load_with_card(tmp_path / "base")
+    write_lora(read_lora(source), target(tmp_path, format), format)
+    for other in FORMATS:
+        (tmp_path / other).mkdir()
+        write_lora(read_lora(target(tmp_path, format)), target(tmp_path / other, other), other)
+        assert read_lora(target(tmp_path / other, other)).base_weights == mark_base(base), other
+
+
+def told(network, *files) -> list[str]:
+    """The warnings at loading these adapters, one after the other."""
+    loras = Loras(network)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i, file in enumerate(files):
+            loras.load(f"x{i}", file)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_lora_on_another_base_than_its_own_warns_in_one_line_and_acts(trained, tmp_path):
+    source, _ = trained
+    write_lora(read_lora(source), tmp_path / "x.safetensors", "kohya")
+    other, _ = load_with_card(tmp_path / "base")
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight.mul_(1.1)
+    before = other.blocks[0].attn.qkv.weight.clone()
+    files = read_lora(source), read_lora(tmp_path / "x.safetensors")
+    lines = told(other, *files)
+    assert len(lines) == 2
+    for line in lines:
+        assert "was trained on" in line and "whose weights are not this network's" in line and "\n" not in line
+    assert not torch.equal(other.blocks[0].attn.qkv.weight, before)
+    assert told(load_with_card(tmp_path / "base")[0], *files) == []
+    foreign = replace(read_lora(source), base_weights=None)
+    assert told(other, foreign) == []
+
+
+def test_no_dtype_of_the_base_no_other_adapter_and_no_null_caption_makes_it_another_base(trained, tmp_path):
+    lora, dtypes = read_lora(trained[0]), (torch.float32, torch.bfloat16, torch.float16)
+    base, card = load_with_card(tmp_path / "base")
+    for stored in dtypes:
+        folder = tmp_path / str(stored)
+        save_model(folder, {name: tensor.to(stored) for name, tensor in base.state_dict().items()}, card)
+        for dtype in dtypes:
+            network, _ = load_with_card(folder, dtype=dtype)
+            # also where the adapter's own base was stored in fp16
+            own = replace(lora, base_weights=mark_base(load_with_card(folder, dtype=torch.float32)[0]))
+            assert told(network, lora, own) == [], (stored, dtype)
+            assert told(load_with_card(tmp_path / "base", dtype=dtype)[0], own) == [], (stored, dtype)
+    with torch.no_grad():
+        base.y_embedder.y_embedding.add_(1)  # training from images puts the text encoder's there
+    assert told(base, lora) == []
+    # two bases in fp16 are compared with each other
+    half, _ = load_with_card(tmp_path / "torch.float16")
+    own = replace(lora, base_weights=mark_base(half))
+    half.blocks[0].mlp.fc1.weight.data += 1
+    assert len(told(half, own)) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

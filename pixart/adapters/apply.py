@@ -1,10 +1,12 @@
 """Put adapters' changes into a network's weights, with a strength each, and take them out again, bit for bit."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pixart.adapters.base import other_base
 from pixart.adapters.changes import Change
 from pixart.adapters.lora_files import LoraFile
 from pixart.adapters.lora_names import Place
@@ -32,12 +34,21 @@ class Loras:
     def load(self, name: str, file: LoraFile, strength: float = 1.0) -> None:
         """Add an adapter.
 
+        Warns:
+            UserWarning: its file says that it was trained on other weights than the network's.
+
         Raises:
             InputError: the name is taken, or the adapter does not fit the network.
         """
         if name in self.loaded:
             raise InputError(f"lora: '{name}' is loaded already; give this one another name, or unload that one first")
         self.check(name, file)
+        if file.base_weights is not None and (found := other_base(file.base_weights, self.network, self._before)):
+            warnings.warn(
+                f"lora '{name}': it was trained on {file.base or 'another base'}, whose weights are not this "
+                f"network's ({file.base_weights} there, {found} here); images may not show what it was trained for",
+                stacklevel=2,
+            )
         self.loaded[name] = _Loaded(file, _strength(strength))
         self._refresh(file)
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pixart.adapters.adapter import AdapterConfig, adapt
+from pixart.adapters.base import other_base
 from pixart.arguments import checked
 from pixart.checkpoint import load as plain
 from pixart.checkpoint.files import ModelCard, compare_shapes, newest_checkpoint, save_tensors
 from pixart.checkpoint.weights import find_state, read_payload
 from pixart.config import build, build_written, differences, to_dict
-from pixart.encoders.fingerprint import fingerprint
 from pixart.errors import InputError
 from pixart.extensions import load_extensions
 from pixart.files import read_json
@@ -29,7 +30,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter's folder: its tensors, and what it needs to be put on its base again.
 
-    `base` is where the network it was trained on came from, `base_weights` that network's fingerprint.
+    `base` is where the network it was trained on came from, `base_weights` that network's mark, see `mark_base`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -54,7 +55,7 @@ def find_adapter(source: str | Path, *, ema: bool = True) -> Path | None:
 
 
 def read_settings(folder: Path) -> tuple[AdapterConfig, ModelCard, str, str]:
-    """An adapter's kind, the card of the model with it, its base and that base's fingerprint."""
+    """An adapter's kind, the card of the model with it, its base and that base's mark."""
     path = folder / CONFIG
     settings = read_json(path, what="the adapter's settings")
     if missing := [key for key in ("adapter", "card", "base", "base_weights") if key not in settings]:
@@ -159,7 +160,7 @@ def load_merged(source: str | Path, *, ema: bool = True, **options: Any) -> tupl
     load_extensions(options.pop("extensions", ()))
     options.pop("revision", None)  # of a repository; the base is what the adapter names
     network, _, card = _load_base(source, folder, None, **options)
-    merge(network, read_lora(folder))
+    merge(network, replace(read_lora(folder), base_weights=None))  # which `_load_base` has compared
     network.card = card
     return network.eval(), card
 
@@ -179,7 +180,7 @@ def _load_base(
     except InputError as error:
         raise InputError(f"{source}: an adapter, whose base is missing: {error}. Give it with base=") from None
     network = _with_config(network, card)
-    if (found := fingerprint(network)) != weights:
+    if found := other_base(weights, network):
         warnings.warn(
             f"{source}: its base {base or named} has other weights than the one it was trained on "
             f"(fingerprint {weights} then, {found} now)",
@@ -208,4 +209,5 @@ def _with_config(network: PixArt, card: ModelCard) -> PixArt:
     if difference := compare_shapes(*shapes):
         raise InputError(f"the base is not the network of the adapter's card; {difference}")
     other.load_state_dict(network.state_dict(), assign=True)
+    other.from_half = getattr(network, "from_half", False)
     return other.requires_grad_(False)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pixart.adapters.base import is_mark
 from pixart.adapters.changes import Change, Difference, Hadamard, Kronecker, LowRank, fuse, split
 from pixart.adapters.lora import scale_of, to_module
 from pixart.adapters.lora_names import Place, find_place, split_name, their_names, whose
@@ -28,6 +29,7 @@ from pixart.files import read_json, write_file, write_folder
 PEFT_WEIGHTS, PEFT_CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 FORMATS = ("peft", "diffusers-lora", "kohya")
+BASE_WEIGHTS = "pixart_base_weights"  # in the header of files that we write
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class LoraFile:
     format: str  # peft, diffusers, kohya, lycoris or ours
     base: str | None = None  # the model it was trained on, if the file tells
     about: dict[str, str] = field(default_factory=dict)  # trigger words and the like, as metadata tells
+    base_weights: str | None = None  # the mark of the base, in files of ours
 
     @property
     def modules(self) -> list[str]:
@@ -66,7 +69,7 @@ def read_lora(source: str | Path, *, ema: bool = True) -> LoraFile:
     changes = _interpret(state, settings, path)
     about = {key: value for key, value in metadata.items() if re.search("trigger|title|author|tag_frequency", key)}
     base = settings.get("base_model_name_or_path") or metadata.get("ss_sd_model_name")
-    return LoraFile(changes, _format_of(state, path), base, about)
+    return LoraFile(changes, _format_of(state, path), base, about, metadata.get(BASE_WEIGHTS))
 
 
 def name_lora(source: Path) -> str:
@@ -208,7 +211,7 @@ def _scale(module: str, rank: int, alpha: float | None, settings: Mapping[str, A
 def _read_ours(folder: Path) -> LoraFile:
     from pixart.adapters.load import CONFIG, WEIGHTS, read_settings
 
-    config, _, base, _ = read_settings(folder)
+    config, _, base, mark = read_settings(folder)
     if config.kind != "lora":
         raise InputError(f"{folder / CONFIG}: an adapter '{config.kind}', expected lora; no other tool knows this kind")
     state, options = find_state(read_payload(folder / WEIGHTS), folder / WEIGHTS, ema=True), config.options
@@ -217,7 +220,7 @@ def _read_ours(folder: Path) -> LoraFile:
         down, up = state[f"layers.{key}.down"], state[f"layers.{key}.up"]
         scale = scale_of(options.get("alpha") or len(down), len(down), bool(options.get("rslora")))
         changes[Place(to_module(key), 0, 1)] = LowRank(down, up, scale, state.get(f"layers.{key}.magnitude"))
-    return LoraFile(changes, "ours", base)
+    return LoraFile(changes, "ours", base, base_weights=mark if is_mark(mark) else None)
 
 
 # ------------------------------------------------------------------------------------------------------------- out
@@ -348,5 +351,5 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _about(lora: LoraFile) -> dict[str, str]:
-    base = {"ss_sd_model_name": lora.base} if lora.base else {}
-    return {**base, **lora.about}
+    base = {"ss_sd_model_name": lora.base, BASE_WEIGHTS: lora.base_weights}
+    return {**{key: value for key, value in base.items() if value}, **lora.about}

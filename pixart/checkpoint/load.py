@@ -111,6 +111,8 @@ def load_with_card(
     loaded = dict(_take(found, state, plan, dtype, torch.device(device or "cpu")))
     plan.model.load_state_dict(loaded, strict=True, assign=True)
     plan.model.card = plan.card  # the default card of `export_model`
+    # for marks of bases: rounding to fp16 shows in the fingerprint, and no longer in weights read as bf16
+    plan.model.from_half = any(state[part].dtype == torch.float16 for parts in plan.parts.values() for part in parts)
     return plan.model.eval().requires_grad_(False), plan.card
 
 

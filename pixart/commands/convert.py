@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from pixart.adapters.apply import merge
+    from pixart.adapters.apply import Loras
     from pixart.adapters.load import load_merged
     from pixart.adapters.lora_files import read_lora
     from pixart.checkpoint.save import attach_null_caption, save
@@ -63,9 +63,10 @@ def main(arguments: argparse.Namespace) -> None:
         overrides=cli.read_settings(a.set),
         extensions=a.extension,
     )
+    loras = Loras(model)  # one, so that the second adapter is compared with the base and not with the first's result
     for words in a.lora:
         source, strength = cli.split_strength(words)
-        merge(model, read_lora(source), strength)
+        loras.load(source, read_lora(source), strength)
     if a.null_caption:
         card = attach_null_caption(model, card, a.null_caption)
     if a.vae:

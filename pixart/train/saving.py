@@ -29,7 +29,7 @@ class Saver:
     def __init__(
         self, run: Path, config: TrainConfig, processes: Processes, saved_step: int, base_weights: str | None = None
     ):
-        """`base_weights` is the fingerprint of the network that an adapter is trained on."""
+        """`base_weights` is the mark of the network that an adapter is trained on."""
         self.run, self.config, self.processes, self.base_weights = run, config, processes, base_weights
         self.saved_step = saved_step  # of the newest checkpoint
         self.failures: list[str] = []  # failed saves that this process knows of and `take_failure` has not returned yet

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pixart.adapters.base import is_mark, mark_base
 from pixart.adapters.load import read_settings as read_adapter
 from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.checkpoint.init_from import start_from
@@ -66,7 +67,7 @@ class Session:
     loader: DataLoader  # this process's micro-batches, starting with the next step's
     autoencoder: Autoencoder
     resumed: bool
-    base_weights: str | None  # fingerprint of the network under an adapter
+    base_weights: str | None  # mark of the network under an adapter
     metrics: dict[str, Metric]  # computed at each validation
     reload: Callable[[int], DataLoader]  # micro-batches from the given step on, read without worker processes
 
@@ -114,7 +115,7 @@ def start(config: TrainConfig, given: Given = Given(), *, onednn: bool = False, 
     state = build_state(config, accelerator, processes, data.null, fresh=checkpoint is None, given=given, onednn=onednn)
     draw_also(data, state.parts.objective.draws)
     if checkpoint is not None:
-        check_base(checkpoint, state.base_weights, config)
+        check_base(checkpoint, state, config)
         notes += load_checkpoint(state, checkpoint)
         accelerator.print("\n".join([f"resuming from {checkpoint}", *notes]))
     if accelerator.is_main_process:
@@ -278,11 +279,14 @@ def _another_configuration(run: Path, other: Changes) -> InputError:
     )
 
 
-def check_base(checkpoint: Path, base_weights: str | None, config: TrainConfig) -> None:
+def check_base(checkpoint: Path, state: TrainState, config: TrainConfig) -> None:
     """Refuse to resume an adapter on another base network than the one it has been trained on."""
+    base_weights = state.base_weights
     if base_weights is None:
         return
     before = read_adapter(checkpoint / "model")[3]
+    if not is_mark(before):
+        base_weights = state.base_fingerprint
     if before != base_weights:
         raise InputError(
             f"init_from {config.init_from}: not the base that {checkpoint.parents[1]} has been trained on (fingerprint "
@@ -351,16 +355,16 @@ def build_state(
         accelerator.print("\n".join([f"starting from {config.init_from}", *notes]))
     if null is not None:
         model.y_embedder.y_embedding[: len(null)] = null.float()
+    marks = {} if config.adapter is None else {"base_weights": mark_base(model), "base_fingerprint": fingerprint(model)}
     place(model, config, accelerator.device)
     if given.objective is None:
         objective = make_objective(config.objective, config.diffusion, model, config.seed)
     else:
         objective = given.make_objective(model)
     objective.to(accelerator.device)
-    base_weights = None if config.adapter is None else fingerprint(model)
     parts = assemble(config, model, objective, onednn=onednn)
     optimizer = make_optimizer(parts.to_train(), config.optimizer)
-    return TrainState(parts, optimizer, accelerator, processes, base_weights=base_weights)
+    return TrainState(parts, optimizer, accelerator, processes, **marks)
 
 
 def make_network(config: PixArtConfig) -> PixArt:

@@ -53,7 +53,8 @@ class TrainState:
     accelerator: Accelerator
     processes: Processes
     progress: Progress = field(default_factory=Progress)
-    base_weights: str | None = None  # fingerprint of the network under an adapter
+    base_weights: str | None = None  # mark of the network under an adapter
+    base_fingerprint: str | None = None  # what adapters of earlier versions have in its place
     _wrapped: nn.Module | None = None
 
     def __post_init__(self):
