@@ -38,8 +38,9 @@ class AdapterConfig:
 
     kind: str  # a key of ADAPTERS
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of its constructor
-    # of the frozen network's weights; bfloat16 halves their memory, and autocast to it computes the same products
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    # of the frozen network's weights; bfloat16 halves their memory, and autocast to it computes the same products; int8
+    # and nf4 (4 bits, needs the extra "quantize") quantise the linear layers of attention and MLP
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
 
 
 def adapt(network: PixArt, config: AdapterConfig, seed: int = 0) -> Adapter:

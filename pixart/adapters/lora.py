@@ -32,11 +32,12 @@ class LoraLayer(nn.Module):
 
     def __init__(self, layer: nn.Linear | PatchProjection, rank: int, scale: float, *, dora: bool, dropout: float):
         super().__init__()
-        width = layer.weight[0].numel()
+        linear = isinstance(layer, nn.Linear)  # whose weight may be quantised
+        rows, width = (layer.out_features, layer.in_features) if linear else layer.weight.flatten(1).shape
         self.scale, self.dropout, self.layer = scale, dropout, (layer,)  # in a tuple: no child of this module
         self.down = nn.Parameter(torch.empty(rank, width))
-        self.up = nn.Parameter(torch.zeros(layer.weight.shape[0], rank))
-        self.magnitude = nn.Parameter(torch.empty(layer.weight.shape[0])) if dora else None
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.magnitude = nn.Parameter(torch.empty(rows)) if dora else None
         layer.register_forward_hook(self.add)
 
     @torch.no_grad()
@@ -44,8 +45,9 @@ class LoraLayer(nn.Module):
         bound = 1 / math.sqrt(self.down.shape[1])  # Kaiming's uniform with a = √5, as PEFT starts
         self.down.uniform_(-bound, bound, generator=generators("down"))
         self.up.zero_()
-        if self.magnitude is not None:
-            self.magnitude.copy_(self.layer[0].weight.flatten(1).float().norm(dim=1))
+        weight = self.layer[0].weight
+        if self.magnitude is not None and not weight.is_meta:  # where only the settings are checked
+            self.magnitude.copy_(weight.flatten(1).float().norm(dim=1))
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The layer's output with the adapter."""

@@ -2,9 +2,11 @@
 
 import torch
 
+from pixart.adapters.lora import find_layers
 from pixart.cpu import use_onednn
 from pixart.diffusion.objective import Objective
 from pixart.model.pixart import PixArt
+from pixart.quantize import QUANTIZED, QuantizedLinear
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import shard
 from pixart.train.optimizer import freeze
@@ -41,9 +43,21 @@ def assemble(
 
 def place(network: PixArt, config: TrainConfig, device: torch.device | None = None) -> PixArt:
     """A network in the precision that an adapter's base has, then moved to `device`."""
-    if config.adapter is not None and config.adapter.base_dtype != "float32":
-        _cast(network, getattr(torch, config.adapter.base_dtype))
+    kind = "float32" if config.adapter is None else config.adapter.base_dtype
+    if kind in QUANTIZED:
+        _quantize(network, kind, device)
+    elif kind != "float32":
+        _cast(network, getattr(torch, kind))
     return network if device is None else network.to(device)
+
+
+def _quantize(network: PixArt, kind: str, device: torch.device | None) -> None:
+    """Replace the linear layers of attention and MLP, one at a time, so that the device never holds all weights."""
+    for name in list(find_layers(network, "attention+mlp")):
+        layer = network.get_submodule(name)
+        parent, _, own = name.rpartition(".")
+        small = QuantizedLinear(layer if device is None else layer.to(device), kind)
+        setattr(network.get_submodule(parent), own, small)
 
 
 def _cast(network: PixArt, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from pixart.evaluate.metrics import own_prompts
 from pixart.features import ExtractConfig
 from pixart.model.layers import ROUTING
 from pixart.model.pixart import PixArtConfig
+from pixart.quantize import QUANTIZED
 from pixart.ranges import check_numbers
 from pixart.train import repa  # noqa: F401  # registers its objective
 
@@ -227,6 +228,11 @@ class TrainConfig:
         if self.adapter is not None and self.adapter.base_dtype == "bfloat16" and self.train.mixed_precision != "bf16":
             raise InputError(
                 f"adapter.base_dtype bfloat16 needs train.mixed_precision bf16: got '{self.train.mixed_precision}'"
+            )
+        if self.adapter is not None and self.adapter.base_dtype in QUANTIZED and self.train.parallel == "fsdp":
+            raise InputError(
+                f"adapter.base_dtype {self.adapter.base_dtype} does not work with train.parallel fsdp, which shards "
+                "floating-point weights; use train.parallel ddp, or base_dtype bfloat16"
             )
         if self.optimizer.name.startswith("schedulefree") and self.train.ema:
             raise InputError(

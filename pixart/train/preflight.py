@@ -29,6 +29,7 @@ from pixart.features.store import read_manifest
 from pixart.invocation import command
 from pixart.model.pixart import PixArt
 from pixart.prompt import check_no_settings
+from pixart.quantize import QUANTIZED, check_quantized
 from pixart.train.config import TrainConfig
 from pixart.train.history import ENCODERS
 from pixart.train.optimizer import check_optimizer, freeze
@@ -79,6 +80,8 @@ def check_sources(config: TrainConfig, *, given: bool = False) -> None:
     if config.vae.kind == "kl":
         looks["vae.source"] = lambda: read_settings(find_weights(config.vae.source, None).parent / CONFIG)
     if config.adapter is not None:
+        if config.adapter.base_dtype in QUANTIZED:
+            check_quantized(config.adapter.base_dtype, "adapter.base_dtype")
         adapt(copy.deepcopy(model), config.adapter)
     # a resumed run no longer needs these weights, except under an adapter
     if config.init_from is not None and (config.adapter is not None or not checkpoints(Path(config.output))):

@@ -18,6 +18,7 @@ from pixart.errors import InputError
 from pixart.model.flops import part_of
 from pixart.model.memory import CASTS, MemoryTracker, empty, without_data
 from pixart.model.pixart import PixArt
+from pixart.quantize import quantized_weights
 from pixart.train.assemble import assemble, place
 from pixart.train.config import OptimizerConfig, TrainConfig
 from pixart.train.distributed import clip_gradients
@@ -95,14 +96,15 @@ class _Simulation:
             self.tracker.restart_peak()
             state = self._update()
         first[STATE] = state
+        by_part = self._count_by_part()
         peaks = [self._divide(peak) for peak in (first, self.tracker.at_peak)]
         return StepMemory(
             {kind: peak.get(kind, 0) for peak in [max(peaks, key=lambda p: sum(p.values()))] for kind in KINDS},
             kept,
             state,
             sum(p.numel() for p in self.trained.values()),
-            sum(p.numel() for p in self.parts.training.parameters()),
-            dict(self._count_by_part()),
+            by_part.total(),
+            dict(by_part),
             {place: count_bytes(module.state_dict().values()) for place, module in module_places(self.parts).items()},
             tuple(self.notes),
         )
@@ -111,6 +113,8 @@ class _Simulation:
         own, found = {id(p): part_of(name) for name, p in self.parts.network.named_parameters()}, Counter()
         for name, parameter in self.parts.training.named_parameters():
             found[own.get(id(parameter), name.partition(".")[0])] += parameter.numel()
+        for name, count in quantized_weights(self.parts.network):
+            found[part_of(name)] += count
         return found
 
     def _hold_what_exists(self) -> None:
