@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
@@ -18,6 +19,7 @@ from pixart.benchmark.run import _fits, run
 from pixart.cpu import use_onednn
 from pixart.errors import InputError
 from pixart.model.flops import forward_flops
+from pixart.train.state import TrainState
 from runs import ROOT, run_command
 from toy import relative
 
@@ -69,7 +71,7 @@ def test_padding_the_heads_does_not_change_attention():
     assert relative(programs["heads of 128"]()(), programs["ours"]()()) <= 1e-6
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "pipeline", "train")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "pipeline", "train", "lora", "lora-sample")]
 
 
 def test_compiled_programs_of_sampling_are_made_with_any_number_of_tokens():
@@ -79,7 +81,7 @@ def test_compiled_programs_of_sampling_are_made_with_any_number_of_tokens():
         assert callable(programs[name]())
 
 
-QUICK = ["forward", "backward", "attention", "cross", "optimizer", "lcm", "text", "load"]
+QUICK = ["forward", "backward", "attention", "cross", "optimizer", "lcm", "text", "load", "lora-load"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
@@ -95,6 +97,22 @@ def test_every_case_runs_every_program(name):
 
 
 @pytest.mark.slow
+def test_a_lora_trains_its_own_layers_and_the_step_without_an_update_trains_nothing():
+    def step(name):
+        call = CASES["lora"](SMALL).programs[name]()
+        state = call.__closure__[-1].cell_contents
+        assert isinstance(state, TrainState)
+        before = {key: value.detach().clone() for key, value in state.parts.training.named_parameters()}
+        call()
+        now = state.parts.training.named_parameters()
+        return {key.split(".")[0] for key, value in now if not torch.equal(value, before[key])}
+
+    assert step("ours") == {"adapter"}
+    assert step("all weights") == {"network"}
+    assert step("all weights, no update") == set()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["page", "page-pixels"])
 def test_the_page_is_measured_beside_the_same_call(name):
     pytest.importorskip("gradio", reason="the page; extra: app")
@@ -102,6 +120,20 @@ def test_the_page_is_measured_beside_the_same_call(name):
     assert (ours.program, page.program) == ("ours", "through the page")
     assert page.median > 0
     assert page.cpu_seconds[0] > 0
+
+
+def test_sampling_with_an_adapter_is_the_same_merged_and_beside_the_weights():
+    programs = {name: make() for name, make in CASES["lora-sample"](SMALL).programs.items()}
+    ours, merged, beside = (torch.stack(list(programs[name]())) for name in ("ours", "merged", "not merged"))
+    assert relative(merged, beside) < 1e-4 < 1e-2 < relative(merged, ours)
+
+
+def test_loading_an_adapter_is_measured_on_the_network_that_it_was_made_for():
+    calls = [make() for make in CASES["lora-load"](SMALL).programs.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # another base
+        for call in [*calls, *calls]:
+            call()
 
 
 def test_ours_is_the_network_of_the_commands_and_ours_torch_that_of_python():

@@ -53,14 +53,15 @@ class LoraLayer(nn.Module):
         """The layer's output with the adapter."""
         x = layer.patches(inputs[0]) if isinstance(layer, PatchProjection) else inputs[0]
         dropped = F.dropout(x, self.dropout, self.training)
-        added = F.linear(F.linear(dropped, self.down.to(x.dtype)), self.up.to(x.dtype))
+        # scaled where it is narrow: of the whole width this took 3 % of a training step
+        added = F.linear(F.linear(dropped, self.down.to(x.dtype)) * self.scale, self.up.to(x.dtype))
         if self.magnitude is None:
-            return output + self.scale * added
+            return output + added
         whole = layer.weight.flatten(1).float() + self.scale * self.up.float() @ self.down.float()
         # the length is a constant in the gradient, as in the paper's section 4.3
         ratio = (self.magnitude / whole.norm(dim=1).detach()).to(x.dtype)
         bias = 0 if layer.bias is None else layer.bias.to(x.dtype)
-        return output + (ratio - 1) * (output - bias) + ratio * self.scale * added
+        return output + (ratio - 1) * (output - bias) + ratio * added
 
 
 @ADAPTERS.register("lora")

@@ -9,6 +9,7 @@ from torch import nn
 
 from pixart.benchmark.attention import attention_case, cross_case
 from pixart.benchmark.beside import beside_case
+from pixart.benchmark.lora import lora_case, lora_load_case, lora_sample_case
 from pixart.benchmark.measure import Call, Case, Settings
 from pixart.benchmark.networks import (
     PIXELS,
@@ -141,6 +142,9 @@ CASES: dict[str, Callable[[Settings], Case]] = {
     "cross": cross_case,
     "optimizer": optimizer_case,
     "train": train_case,
+    "lora": lora_case,
+    "lora-sample": lora_sample_case,
+    "lora-load": lora_load_case,
     "beside": beside_case,
     "sample": sample_case,
     "lcm": lcm_case,

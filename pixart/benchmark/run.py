@@ -66,7 +66,7 @@ def _sized(name: str, settings: Settings) -> Settings:
     """The settings with a number instead of "largest"."""
     if settings.batch != "largest":
         return settings
-    if name in ("optimizer", "load"):
+    if name in ("optimizer", "load", "lora-load"):
         raise InputError(f"batch largest: case {name} has no images")
     return replace(settings, batch=largest_batch(lambda batch: _fits(name, settings, batch)))
 

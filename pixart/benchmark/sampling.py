@@ -40,7 +40,8 @@ def lcm_case(settings: Settings) -> Case:
     return _latents("lcm", settings, SampleConfig(sampler="lcm"))
 
 
-def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
+def latents_call(settings: Settings, config: SampleConfig) -> tuple[PixArt, Tensor, Callable[[PixArt], Call]]:
+    """A random network, captions, and what makes a call that samples latents of them with a network of that shape."""
     model = random_network(settings, native(settings)).eval()
     model.y_embedder.y_embedding = torch.randn(  # as long as the captions, since diffusers pads both to one length
         settings.tokens, model.config.caption_channels, device=settings.device, dtype=settings.torch_dtype
@@ -50,8 +51,14 @@ def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
     captions = captions.to(settings.device, settings.torch_dtype)
     sides = {"height": settings.height // PIXELS, "width": settings.width // PIXELS}
 
-    def ours(network: PixArt) -> Call:
+    def call(network: PixArt) -> Call:
         return lambda: sample_latents(network, card, list(captions), None, range(settings.images), config, **sides)
+
+    return model, captions, call
+
+
+def _latents(name: str, settings: Settings, config: SampleConfig) -> Case:
+    model, captions, ours = latents_call(settings, config)
 
     def theirs(**options) -> Call:
         pipeline = _pipeline_in_diffusers(model, lcm=name == "lcm", **options)

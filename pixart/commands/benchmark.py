@@ -1,7 +1,8 @@
 """Measure the speed of pixart and of diffusers side by side.
 
-Cases: forward, backward, attention, cross, optimizer, train, beside, sample, lcm, decode, encode, text, pipeline, page,
-page-pixels, load. Networks have random weights. From six rounds on, the ratios of times are given with an interval.
+Cases: forward, backward, attention, cross, optimizer, train, lora, lora-sample, lora-load, beside, sample, lcm, decode,
+encode, text, pipeline, page, page-pixels, load. Networks have random weights. From six rounds on, the ratios of times
+are given with an interval.
 
 examples:
     pixart benchmark forward backward --preset alpha-256 --size 256
