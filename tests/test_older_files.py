@@ -63,7 +63,7 @@ def test_a_model_gives_the_same_output(source, ema, name, tensors):
     model = load_model(FILES / source, ema=ema, dtype=torch.float32)
     with torch.no_grad():
         output = model(**tiny_inputs(model, side=8 if model.config.latent_size == 8 else 4))
-    assert relative(output, tensors[name]) <= 1e-6
+    assert relative(output, tensors[name]) <= 5e-6  # recorded on another processor, whose torch.exp rounds otherwise
 
 
 @pytest.mark.parametrize("source", [*MODELS, "run"])
