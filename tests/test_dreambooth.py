@@ -95,6 +95,10 @@ def test_class_images_are_those_of_the_model_before_training_and_are_reused(base
         InputError, match=r"class-.*png: this class image was drawn by .*start with other settings \(weights"
     ):
         train(build(base, output=str(tmp_path / "f"), init_from=str(run), **mine))
+    shutil.rmtree(moved)
+    shutil.copytree(run, moved)  # another network where the one was that drew them
+    with pytest.raises(InputError, match=r"class-.*png: this class image was drawn by .*with other settings \(weights"):
+        train(build(base, output=str(tmp_path / "h"), init_from=str(moved), **mine))
     with pytest.raises(InputError, match=r"other settings \(sample \{.*'steps': 2.*→ \{.*'steps': 3"):
         train(build(base, output=str(tmp_path / "g"), sample={"steps": 3, "guidance": 1.5}, **mine))
 

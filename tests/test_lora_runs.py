@@ -1,7 +1,9 @@
 """LoRA from end to end: the journey by commands, two processes, a base in bf16, recomputed blocks, official files."""
 
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from pixart.checkpoint.keys import NULL_CAPTION
 from pixart.checkpoint.save import save
 from pixart.errors import InputError
 from pixart.train.loop import train
+from pixart.train.metrics import read_metrics
 from pixart.train.setup import start
 from runs import build, change, environment, make_pictures, run_command, settings, write
 from test_journey import make_t5, make_vae, take_pictures
@@ -122,6 +125,32 @@ def test_two_processes_train_the_adapter_of_one(base, tmp_path, parallel):
         assert found.keys() == expected.keys()
         assert max(relative(found[name], expected[name]) for name in found) < 1e-4
     assert any(tensor.abs().max() > 0.01 for name, tensor in found.items() if name.endswith("up"))
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_the_middle_end_as_undisturbed_ones_bit_for_bit(base, tmp_path):
+    also = {"adapter": {**base["adapter"], "dropout": 0.2}, "train__steps": 60, "train__save_every": 5}
+    (tmp_path / "a").mkdir()
+    undisturbed = run_two(base, tmp_path / "a", **also)
+    (tmp_path / "b").mkdir()
+    config = write(tmp_path / "b" / "two.yaml", base, output=str(tmp_path / "b" / "two"), **also)
+    command = [sys.executable, "-m", "pixart", "train", str(config)]
+    ranks = launch(command, 2, tmp_path / "b" / "killed", environment())
+    while not checkpoints(tmp_path / "b" / "two") and all(rank.poll() is None for rank in ranks):
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+    assert {rank.wait() for rank in ranks} == {-signal.SIGKILL}, ranks[0].log.read_text()
+    assert int(checkpoints(tmp_path / "b" / "two")[-1].name.split("_")[-1]) < 60
+    found = run_two(base, tmp_path / "b", **also)
+    for part in ("model", "ema"):
+        expected = adapter_of(undisturbed, part)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_of(found, part).items())
+    rows = [
+        [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run) if "loss" in row]
+        for run in (undisturbed, found)
+    ]
+    assert rows[0] == rows[1] and rows[0][-1][0] == 60
 
 
 @pytest.mark.slow

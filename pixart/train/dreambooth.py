@@ -48,7 +48,7 @@ def draw_class_images(config: TrainConfig, accelerator: Accelerator, autoencoder
         )
     numbers = range(max(booth.num_class_images - (len(found) - len(drawn)), 0))
     missing = [i for i in numbers if f"{mark}-{i:05d}.png" not in drawn]
-    _check_drawn([path for path in found if path.name.startswith(PREFIX)], config, missing=bool(missing))
+    _check_drawn([path for path in found if path.name.startswith(PREFIX)], config)
     accelerator.wait_for_everyone()  # all have looked before the first is written
     if not missing:
         return
@@ -59,9 +59,9 @@ def draw_class_images(config: TrainConfig, accelerator: Accelerator, autoencoder
     accelerator.wait_for_everyone()
 
 
-def _check_drawn(paths: list[Path], config: TrainConfig, *, missing: bool) -> None:
-    """Check what the drawn images of a folder say of themselves; those of earlier versions say nothing. The network's
-    weights are compared if it has another name or more images are to be drawn."""
+def _check_drawn(paths: list[Path], config: TrainConfig) -> None:
+    """Check what the drawn images of a folder say of themselves; those of earlier versions say nothing. The network is
+    known by its weights: another name for them is none, and other weights under the same name are another network."""
     weights, now = None, describe(config)
     for path in paths:
         with Image.open(path) as image:
@@ -69,11 +69,10 @@ def _check_drawn(paths: list[Path], config: TrainConfig, *, missing: bool) -> No
         if text is None:
             continue
         then = json.loads(text)
-        if then["init_from"] != now["init_from"] or missing:
-            weights = weights or fingerprint(_base(config))
+        weights = weights or fingerprint(_base(config))
         changed = [
             f"{key} {then[key]} → {value}"
-            for key, value in {**now, "weights": weights or then["weights"]}.items()
+            for key, value in {**now, "weights": weights}.items()
             if key != "init_from" and then[key] != value
         ]
         if changed:

@@ -29,7 +29,7 @@ from pixart.extensions import FOLDER, Extension, load_extensions
 from pixart.features.training_set import load_features
 from pixart.files import digest_file, write_file, write_text
 from pixart.model.pixart import PixArt, PixArtConfig
-from pixart.seeds import fit_seed
+from pixart.seeds import derive_seed, fit_seed
 from pixart.train.assemble import assemble, place
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes, check_sharded
@@ -364,6 +364,8 @@ def build_state(
     objective.to(accelerator.device)
     parts = assemble(config, model, objective, onednn=onednn)
     optimizer = make_optimizer(parts.to_train(), config.optimizer)
+    if processes.rank:  # what was made above is equal in all processes; from here on dropout must not be
+        torch.manual_seed(derive_seed(config.seed, "process", processes.rank))
     return TrainState(parts, optimizer, accelerator, processes, **marks)
 
 

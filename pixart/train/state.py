@@ -66,8 +66,10 @@ class TrainState:
         if self._wrapped is None:
             self._wrapped = self.parts.training
             if self.processes.count > 1 and not is_sharded(self.parts.network):
+                before = _rng_state()
                 with self.accelerator.autocast():
                     unused = any(self.processes.gather(leaves_unused(self.parts.training, example)))
+                _restore_rng(before)  # a resumed run makes this call, too: dropout in the next step must not notice
                 self.accelerator.ddp_handler.find_unused_parameters = unused
                 with warnings.catch_warnings():  # torch 2.11 has no other name for this option
                     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -134,7 +136,7 @@ def take_snapshot(state: TrainState, config: TrainConfig, staging: Staging) -> S
         "optimizer": moments.record,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "progress": {**vars(state.progress), "unreadable": dict(state.progress.unreadable)},
-        "rng": _rng_state(),
+        "rng": state.processes.gather(_rng_state()),
         "config": to_dict(config),
         "processes": state.processes.count,
         "onednn": uses_onednn(state.parts.network),
@@ -194,7 +196,10 @@ def load_checkpoint(state: TrainState, checkpoint: Path) -> list[str]:
         raise InputError(f"{checkpoint / STATE}: does not fit this run's optimizer ({error})") from None
     if state.accelerator.scaler is not None and record["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(record["scaler"])
-    _restore_rng(record["rng"])
+    # of every process; in earlier versions of the main one alone
+    rng = record["rng"] if isinstance(record["rng"], list) else [record["rng"]]
+    if state.processes.rank < len(rng):
+        _restore_rng(rng[state.processes.rank])
     notes = []
     now = f"{state.processes.count} × {'fsdp' if is_sharded(state.parts.network) else 'ddp'}"
     if now != written_by:
@@ -226,7 +231,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _rng_state() -> dict:
-    # training itself draws from (seed, epoch, sample id); this state is for random numbers drawn by the user's own code
+    # samples' numbers are drawn from (seed, epoch, sample id); this state is for dropout and for the user's own code
     version, internal, gauss = random.getstate()
     numpy = np.random.get_state()  # noqa: NPY002
     return {
