@@ -22,6 +22,7 @@ from pixart.adapters.load import load_with_card
 from pixart.adapters.lora import find_layers
 from pixart.adapters.lora_files import FORMATS, read_lora, write_lora
 from pixart.checkpoint.files import ModelCard, save_model
+from pixart.checkpoint.save import save
 from pixart.contact_sheet import contact_sheet
 from pixart.errors import InputError
 from pixart.files import read_rows
@@ -492,6 +493,35 @@ def test_files_that_are_no_adapter_of_a_pixart_are_named(network, tmp_path):
     refused(both, path, "both change blocks.0.attn.qkv")
     with pytest.raises(InputError, match="no such file"):
         read_lora(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("format", ["ours", "diffusers", "diffusers-pipeline", "official", "run", "checkpoint"])
+def test_a_model_given_as_a_lora_says_where_it_belongs(run, tmp_path, format):
+    source = tmp_path / ("x.pth" if format == "official" else "x")
+    if format == "run":
+        source = run / "base"
+    elif format == "checkpoint":
+        source = run / "base" / "checkpoints" / "step_00000002"
+    else:
+        network, card = load_with_card(run / "base")
+        if format == "diffusers-pipeline":
+            source.mkdir()
+            save(network, card, source / "transformer", "diffusers")
+            (source / "model_index.json").write_text("{}")
+        else:
+            save(network, card, source, format)
+    with pytest.raises(InputError, match=r"this is a model, not a LoRA; give it as the model \(--model\)") as caught:
+        read_lora(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_of_every_format_given_as_a_model_names_lora(run, tmp_path):
+    for format in FORMATS:
+        path = target(tmp_path, format)
+        write_lora(read_lora(run / "style"), path, format)
+        with pytest.raises(InputError, match=r"as the model, and this (folder )?with --lora") as caught:
+            pixart.Pipeline.from_pretrained(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_of_another_width_or_depth_and_a_taken_name_are_refused(network, tmp_path):

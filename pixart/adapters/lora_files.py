@@ -22,6 +22,7 @@ from pixart.adapters.base import is_mark
 from pixart.adapters.changes import Change, Difference, Hadamard, Kronecker, LowRank, fuse, split
 from pixart.adapters.lora import scale_of, to_module
 from pixart.adapters.lora_names import Place, find_place, split_name, their_names, whose
+from pixart.checkpoint.locate import locate
 from pixart.checkpoint.weights import find_state, read_payload
 from pixart.errors import InputError
 from pixart.files import read_json, write_file, write_folder
@@ -92,8 +93,19 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
     files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".pt", ".bin", ".ckpt"))
     if len(files) == 1:
         return _locate(files[0])
+    if _is_model(source):
+        raise InputError(f"{source}: this is a model, not a LoRA; give it as the model (--model)")
     listed = ", ".join(path.name for path in files[:4]) or "no file of weights"
     raise InputError(f"{source}: expected a LoRA, as {PEFT_WEIGHTS[0]} or {DIFFUSERS_WEIGHTS[0]}; found {listed}")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether it is a run or a folder of a model, whose weights may lie deeper."""
+    try:
+        locate(folder)
+    except InputError:
+        return False
+    return True
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
