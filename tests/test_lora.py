@@ -301,6 +301,39 @@ def test_strengths_add_up_and_unloading_restores_every_bit(network, tmp_path):
     assert not loras._before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_summed_in_fp32_in_place_and_put_back(network, tmp_path, dtype):
+    for i, variant in enumerate(("authors", "dora")):
+        torch.manual_seed(i)
+        peft_model(network, **VARIANTS[variant]).save_pretrained(tmp_path / variant)
+    network.to(dtype)
+    parameters = dict(network.named_parameters())
+    before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in parameters.items()}
+    files = [read_lora(tmp_path / variant) for variant in ("authors", "dora")]
+    loras = Loras(network)
+    for name, file, strength in zip("ab", files, (0.5, 2.0), strict=True):
+        loras.load(name, file, strength)
+    loras.set_strength("a", -1.0)
+    for name in ("blocks.1.cross_attn.kv_linear.weight", "x_embedder.proj.weight"):
+        first = before[name][1].double()
+        expected = first.clone()
+        for strength, file in zip((-1.0, 2.0), files, strict=True):
+            for place, change in file.changes.items():
+                if place.name == name:
+                    step = len(first) // place.parts
+                    rows = slice(step * place.part, step * (place.part + 1))
+                    expected[rows] += strength * change.delta(first[rows])
+        # bf16 is rounded to once, so at most half of its last digit
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+        torch.testing.assert_close(parameters[name].double(), expected, **tolerance)
+    # in place: a CUDA graph reads the weights where they were when it was recorded
+    assert all(parameters[name].data_ptr() == place for name, (place, _) in before.items())
+    loras.unload()
+    assert all(parameter is parameters[name] for name, parameter in network.named_parameters())
+    for name, (place, values) in before.items():
+        assert parameters[name].data_ptr() == place and torch.equal(parameters[name], values)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text_encoder) -> Path:
     """A base, and a LoRA trained on it with dropout."""

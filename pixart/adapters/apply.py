@@ -1,13 +1,14 @@
 """Put adapters' changes into a network's weights, with a strength each, and take them out again, bit for bit."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pixart.adapters.base import other_base
-from pixart.adapters.changes import Change
+from pixart.adapters.changes import Change, LowRank
 from pixart.adapters.lora_files import LoraFile
 from pixart.adapters.lora_names import Place
 from pixart.errors import InputError, did_you_mean
@@ -23,7 +24,8 @@ class _Loaded:
 class Loras:
     """The adapters that are merged into one network: W = W₀ + Σ strength · ΔW, computed in fp32.
 
-    The network costs nothing more to call. Weights that are changed are kept as they were, on the same device.
+    The network costs nothing more to call. Weights that are changed are kept as they were, on the same device. They are
+    changed in place, since a CUDA graph reads them where they were when it was recorded.
     """
 
     def __init__(self, network: PixArt):
@@ -111,19 +113,40 @@ class Loras:
             for place, change in each.file.changes.items():
                 if place.name in acting:
                     acting[place.name].append((each.strength, place, change))
+        # for the sums of all weights that are not fp32: new memory for each would take longer than the sum
+        sizes = [
+            w.numel() for w in map(parameters.__getitem__, acting) if w.dtype != torch.float32 or not w.is_contiguous()
+        ]
+        room = torch.empty(max(sizes, default=0), device=next(iter(parameters.values())).device)
         for tensor, changes in acting.items():
             weight = parameters[tensor]
             if not changes:
                 weight.copy_(self._before.pop(tensor))
                 continue
-            if tensor not in self._before:
+            fresh = tensor not in self._before
+            if fresh:
                 self._before[tensor] = weight.detach().clone()
-            before = self._before[tensor]
-            whole = before.to(torch.float32, copy=True)
-            for strength, place, change in changes:
-                rows = slice(place.part * len(whole) // place.parts, (place.part + 1) * len(whole) // place.parts)
-                whole[rows] += strength * change.delta(before[rows].float())
-            weight.copy_(whole)
+            before = self._before[tensor].to(weight.device)
+            own = weight.dtype == torch.float32 and weight.is_contiguous()
+            whole = weight.detach() if own else room[: weight.numel()].view(weight.shape)
+            if not (own and fresh):
+                whole.copy_(before)
+            _add(whole, before, changes)
+            if not own:
+                weight.copy_(whole)
+
+
+def _add(whole: Tensor, before: Tensor, changes: Sequence[tuple[float, Place, Change]]) -> None:
+    """Add changes, each by its strength, to a weight in fp32, which is `before` still."""
+    for strength, place, change in changes:
+        rows = slice(place.part * len(whole) // place.parts, (place.part + 1) * len(whole) // place.parts)
+        if isinstance(change, LowRank) and change.magnitude is None:
+            # added while it is multiplied: reading and writing the change would take longer than the product
+            part = whole[rows].flatten(1)
+            down, up = change.down.flatten(1).to(part), change.up.flatten(1).to(part)
+            part.addmm_(up, down, alpha=strength * change.scale)
+        else:
+            whole[rows] += strength * change.delta(before[rows].float())
 
 
 def _strength(value: float) -> float:
