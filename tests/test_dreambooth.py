@@ -116,6 +116,15 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(base, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_resumed_run_does_not_need_the_model_that_it_began_from(base, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(base["init_from"], start)
+    settings = {"output": str(tmp_path / "run"), "init_from": str(start), "dreambooth": BOOTH}
+    train(build(base, **settings, train__steps=1))
+    shutil.rmtree(start)
+    assert train(build(base, **settings, train__steps=2)).finished
+
+
 def test_an_epoch_shows_as_many_class_images_as_images_of_the_subject(base, tmp_path):
     data = train(build(base, output=str(tmp_path / "a"), dreambooth={**BOOTH, "num_class_images": 9})).data
     ids, marks = [record.id for record in data.records], [record.loss_weight for record in data.records]

@@ -5,6 +5,8 @@ class stays what it was.
 """
 
 import json
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,14 @@ from pixart.train.config import TrainConfig
 PREFIX, RECORD = "class-", "pixart class image"  # of names; of the text in a PNG
 
 
-def draw_class_images(config: TrainConfig, accelerator: Accelerator, autoencoder: Autoencoder) -> None:
+def draw_class_images(
+    config: TrainConfig, accelerator: Accelerator, autoencoder: Autoencoder, *, fresh: bool = True
+) -> None:
     """Draw the class images that `data.regularization` lacks; every process draws its share.
 
     Image i is drawn with seed i. All images that the folder holds already count, one's own too. Each that is drawn says
-    in its PNG what drew it, so that images of another network or size are not taken for this one's.
+    in its PNG what drew it, so that images of another network or size are not taken for this one's. A run that is not
+    `fresh` and has all its images does not read `init_from`, which it no longer needs.
 
     Raises:
         InputError: the folder has images that were drawn of another class prompt, by another network, or otherwise.
@@ -48,32 +53,34 @@ def draw_class_images(config: TrainConfig, accelerator: Accelerator, autoencoder
         )
     numbers = range(max(booth.num_class_images - (len(found) - len(drawn)), 0))
     missing = [i for i in numbers if f"{mark}-{i:05d}.png" not in drawn]
-    _check_drawn([path for path in found if path.name.startswith(PREFIX)], config)
+    base = cache(partial(_base, config))  # loaded once, and only if it is needed
+    weights = (lambda: fingerprint(base())) if fresh or missing else None
+    _check_drawn([path for path in found if path.name.startswith(PREFIX)], config, weights)
     accelerator.wait_for_everyone()  # all have looked before the first is written
     if not missing:
         return
     accelerator.print(f"drawing {len(missing)} class images '{booth.class_prompt}' into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     if mine := missing[accelerator.process_index :: accelerator.num_processes]:
-        _draw(config, mine, folder, mark, accelerator, autoencoder)
+        _draw(config, base(), mine, folder, mark, accelerator, autoencoder)
     accelerator.wait_for_everyone()
 
 
-def _check_drawn(paths: list[Path], config: TrainConfig) -> None:
+def _check_drawn(paths: list[Path], config: TrainConfig, weights: Callable[[], str] | None) -> None:
     """Check what the drawn images of a folder say of themselves; those of earlier versions say nothing. The network is
-    known by its weights: another name for them is none, and other weights under the same name are another network."""
-    weights, now = None, describe(config)
+    known by its `weights`, if they are to be compared: another name for them is none, and other weights under the same
+    name are another network."""
+    now = describe(config)
     for path in paths:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(RECORD)
         if text is None:
             continue
         then = json.loads(text)
-        weights = weights or fingerprint(_base(config))
+        if weights is not None and "weights" not in now:
+            now["weights"] = weights()
         changed = [
-            f"{key} {then[key]} → {value}"
-            for key, value in {**now, "weights": weights}.items()
-            if key != "init_from" and then[key] != value
+            f"{key} {then[key]} → {value}" for key, value in now.items() if key != "init_from" and then[key] != value
         ]
         if changed:
             raise InputError(
@@ -101,10 +108,15 @@ def _base(config: TrainConfig) -> PixArt:
 
 @torch.no_grad()
 def _draw(
-    config: TrainConfig, seeds: list[int], folder: Path, mark: str, accelerator: Accelerator, autoencoder: Autoencoder
+    config: TrainConfig,
+    network: PixArt,
+    seeds: list[int],
+    folder: Path,
+    mark: str,
+    accelerator: Accelerator,
+    autoencoder: Autoencoder,
 ) -> None:
     device = accelerator.device
-    network = _base(config)
     record = json.dumps({**describe(config), "weights": fingerprint(network)})
     network.to(device, config.train.autocast_dtype if device.type == "cuda" else torch.float32)
     text = TextEncoder.load(config.text, dtype=encoder_dtype(device), device=device)

@@ -102,7 +102,7 @@ def start(config: TrainConfig, given: Given = Given(), *, onednn: bool = False, 
     autoencoder = load_autoencoder(config.vae, device=accelerator.device)
     spec = config.data_spec
     if config.dreambooth is not None and config.dreambooth.class_prompt is not None:
-        draw_class_images(config, accelerator, autoencoder)
+        draw_class_images(config, accelerator, autoencoder, fresh=checkpoint is None)
     if given.data is not None:
         data = load_given(spec, given.data, accelerator)
     elif config.data.features or config.data.mix:
