@@ -54,6 +54,19 @@ def walk(folder: Path) -> Iterator[Path]:
     yield from below(folder)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A lock among the processes of one machine, which the system releases when a process dies."""
+    import fcntl  # not on Windows
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def read_bytes(path: Path | str) -> bytes:
     """The content of a regular file. Raises OSError as `open_file` does."""
     with open_file(path) as file:

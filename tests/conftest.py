@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from pixart.data.openmoji import build_openmoji
-from runs import make_text_encoder
+from runs import make_pictures, make_text_encoder
+from runs import settings as run_settings
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # no deadlines, since the machine may be slow; derandomised, so that a failure can be reproduced
@@ -34,3 +35,15 @@ def emoji_folder(tmp_path_factory) -> Path:
 def text_encoder(tmp_path_factory) -> Path:
     """A tiny random text encoder; read only."""
     return make_text_encoder(tmp_path_factory.mktemp("text") / "encoder")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of a few images with captions; read only."""
+    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture
+def base(tmp_path, pictures, text_encoder) -> dict:
+    """Settings of a tiny run on `pictures`."""
+    return run_settings(tmp_path / "run", pictures, text_encoder)

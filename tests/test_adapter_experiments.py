@@ -69,7 +69,7 @@ def scores(metric, folder: Path, drawn: list[Path]) -> dict[str, float]:
 
 def test_tones_are_scored_apart_by_the_nearest_real_image(tones_folder):
     cells = read_cells(tones_folder)
-    assert own_prompts(["loss", "tones"], tones_folder) == [cell.caption for cell in cells]
+    assert own_prompts(["loss", "tones"], str(tones_folder), "metrics") == [cell.caption for cell in cells]
     assert set(scores(Tones(), tones_folder, [cell.file for cell in cells]).values()) == {1.0}
     # who draws every light skin with medium-dark one, and the other way round, misses these tones and nothing else
     other = dict(zip(NEW_TONES, reversed(NEW_TONES), strict=True))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import HEADS, assert_same_weights, edit_json, in_diffusers, official, save_official
+from pixart.benchmark.networks import call_diffusers
 from pixart.checkpoint.cards import implied_card
 from pixart.checkpoint.describe import describe
 from pixart.checkpoint.detect import Evidence
@@ -27,7 +28,6 @@ from pixart.errors import InputError
 from pixart.inference.pipeline import Pipeline
 from pixart.model import PRESETS, PixArtConfig
 from runs import run_command
-from test_model_diffusers import run
 from test_model_golden import GOLDEN
 from test_vae import SMALL, make_reference
 from toy import relative, tiny_inputs, tiny_model
@@ -127,7 +127,7 @@ def test_a_written_transformer_is_the_same_network_in_diffusers(changes, tmp_pat
     inputs = tiny_inputs(model)
     inputs["t"] = torch.tensor([951.0, 3.0])
     with torch.no_grad():
-        assert relative(model(**inputs), run(transformer.eval(), **inputs)) <= 1e-6
+        assert relative(model(**inputs), call_diffusers(transformer.eval(), **inputs)) <= 1e-6
 
 
 def test_the_null_caption_travels_beside_diffusers_files(tmp_path):
@@ -365,7 +365,7 @@ def test_a_written_pipeline_runs_in_diffusers(kind, changes, parts, tmp_path):
     with torch.no_grad():
         inputs = tiny_inputs(model)
         inputs["t"] = torch.tensor([951.0, 3.0])
-        assert relative(model(**inputs), run(pipeline.transformer, **inputs)) <= 1e-6
+        assert relative(model(**inputs), call_diffusers(pipeline.transformer, **inputs)) <= 1e-6
     # and comes back
     again, found = load_with_card(tmp_path / "p")
     assert_same_weights(again, model)

@@ -264,7 +264,7 @@ def test_threads_of_a_command_sleep_while_they_wait_unless_the_environment_says_
 
 PROBE = """
 import json, resource, torch
-from pixart.train.throughput import resident
+from pixart.device import resident
 from pixart.cpu import give_memory_back, keep_freed_memory
 if KEEP:
     assert keep_freed_memory()

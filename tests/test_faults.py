@@ -20,17 +20,7 @@ from pixart.checkpoint.files import checkpoints, newest_checkpoint
 from pixart.errors import InputError
 from pixart.files import append_rows, cut_rows, read_rows, verify
 from pixart.train.loop import train
-from runs import build, environment, make_pictures, settings
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture
-def base(tmp_path, images, text_encoder) -> dict:
-    return settings(tmp_path / "run", images, text_encoder)
+from runs import build, environment
 
 
 def names(run: Path) -> list[str]:

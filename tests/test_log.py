@@ -31,17 +31,7 @@ from pixart.train.setup import make_accelerator
 from pixart.train.state import Progress
 from pixart.train.step import StepResult
 from pixart.train.throughput import measure_peak
-from runs import build, make_pictures, settings
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture
-def base(tmp_path, pictures, text_encoder) -> dict:
-    return settings(tmp_path / "run", pictures, text_encoder)
+from runs import build
 
 
 def rows(run: Path) -> list[dict]:

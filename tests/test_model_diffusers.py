@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pixart.benchmark.networks import call_diffusers
 from pixart.diffusion import DiffusionConfig, make_denoise
 from pixart.diffusion.samplers import dpm_solver
 from pixart.diffusion.schedule import DiscreteSchedule
@@ -68,18 +69,6 @@ def block_tensor(ours: dict, name: str) -> torch.Tensor:
     return ours[f"{prefix}.{fused}.{kind}"].chunk(len(parts))[parts.index(path[-1])]
 
 
-def run(transformer, x, t, caption, caption_mask=None, size=None, aspect_ratio=None):
-    conditions = {"resolution": size, "aspect_ratio": None if aspect_ratio is None else aspect_ratio[:, None]}
-    return transformer(
-        x,
-        encoder_hidden_states=caption,
-        timestep=t,
-        encoder_attention_mask=caption_mask,
-        added_cond_kwargs=conditions,
-        return_dict=False,
-    )[0]
-
-
 @pytest.mark.parametrize("change", [{}, {"micro_conditions": True}, {"position_scale": 2.0, "latent_size": 16}])
 def test_the_network_is_diffusers_network(change):
     model = tiny_model(**change)
@@ -87,10 +76,10 @@ def test_the_network_is_diffusers_network(change):
     inputs = tiny_inputs(model, side=model.config.latent_size)
     inputs["t"] = torch.tensor([951.0, 3.0])
     with torch.no_grad():
-        assert relative(model(**inputs), run(transformer, **inputs)) <= 1e-6
+        assert relative(model(**inputs), call_diffusers(transformer, **inputs)) <= 1e-6
         # and at another size and aspect ratio
         inputs["x"] = torch.randn(2, 4, 4, 10)
-        assert relative(model(**inputs), run(transformer, **inputs)) <= 1e-6
+        assert relative(model(**inputs), call_diffusers(transformer, **inputs)) <= 1e-6
 
 
 def test_gradients_are_diffusers_gradients():
@@ -100,7 +89,7 @@ def test_gradients_are_diffusers_gradients():
     inputs["x"].requires_grad_()
     ours, theirs = (
         torch.autograd.grad(network(**inputs).square().mean(), inputs["x"])[0]
-        for network in (model, lambda **kw: run(transformer, **kw))
+        for network in (model, lambda **kw: call_diffusers(transformer, **kw))
     )
     assert relative(ours, theirs) <= 1e-6
 
@@ -121,7 +110,7 @@ def test_twenty_steps_of_dpm_solver_end_near_diffusers():
     )
     scheduler.set_timesteps(20)
     for t in scheduler.timesteps:
-        output = run(transformer, x, t.expand(2), caption, mask)[:, :4]
+        output = call_diffusers(transformer, x, t.expand(2), caption, mask)[:, :4]
         x = scheduler.step(output, t, x, return_dict=False)[0]
     # over the size of the result, since an untrained network's is arbitrary
     assert relative(ours, x) <= 0.02

@@ -22,20 +22,10 @@ from pixart.errors import InputError
 from pixart.train.lock import RunLock
 from pixart.train.loop import train
 from pixart.train.signals import REQUEUE
-from runs import build, command, environment, make_pictures, settings, write
+from runs import build, command, environment, write
 
 LONG = {"train__steps": 100_000, "train__save_every": 0, "train__trackers": ["tensorboard"], "data__workers": 2}
 ENVIRONMENT = {**environment(), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture
-def base(tmp_path, images, text_encoder) -> dict:
-    return settings(tmp_path / "run", images, text_encoder)
 
 
 @contextlib.contextmanager

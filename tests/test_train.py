@@ -22,17 +22,7 @@ from pixart.train.ema import ema_decay, make_ema, update_ema
 from pixart.train.loop import train
 from pixart.train.optimizer import learning_rate, make_optimizer
 from pixart.train.signals import REQUEUE
-from runs import build, command, environment, make_pictures, run_command, settings, write
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture
-def base(tmp_path, pictures, text_encoder) -> dict:
-    return settings(tmp_path / "run", pictures, text_encoder)
+from runs import build, command, environment, make_pictures, run_command, write
 
 
 def metrics(run: Path) -> list[dict]:

@@ -114,9 +114,7 @@ class Loras:
                 if place.name in acting:
                     acting[place.name].append((each.strength, place, change))
         # for the sums of all weights that are not fp32: new memory for each would take longer than the sum
-        sizes = [
-            w.numel() for w in map(parameters.__getitem__, acting) if w.dtype != torch.float32 or not w.is_contiguous()
-        ]
+        sizes = [w.numel() for w in map(parameters.__getitem__, acting) if not _takes_sums(w)]
         room = torch.empty(max(sizes, default=0), device=next(iter(parameters.values())).device)
         for tensor, changes in acting.items():
             weight = parameters[tensor]
@@ -127,13 +125,18 @@ class Loras:
             if fresh:
                 self._before[tensor] = weight.detach().clone()
             before = self._before[tensor].to(weight.device)
-            own = weight.dtype == torch.float32 and weight.is_contiguous()
+            own = _takes_sums(weight)
             whole = weight.detach() if own else room[: weight.numel()].view(weight.shape)
             if not (own and fresh):
                 whole.copy_(before)
             _add(whole, before, changes)
             if not own:
                 weight.copy_(whole)
+
+
+def _takes_sums(weight: Tensor) -> bool:
+    """Whether changes can be added to the weight itself: in fp32, and by rows in place."""
+    return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def _add(whole: Tensor, before: Tensor, changes: Sequence[tuple[float, Place, Change]]) -> None:

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pixart.data.batches import BucketBatches
 from pixart.data.buckets import Bucket, bucket_table
 from pixart.data.images import Record
 from pixart.data.samples import Drawing, collate
+from pixart.device import resident
 from pixart.features.build import EncodedBatch, Share, finish, note_file, write_captions, write_samples
 from pixart.features.samples import FeatureDataset
 from pixart.features.store import INDEX, VERSION, FeatureStore, caption_file, digest_manifest, sample_file
@@ -212,14 +212,13 @@ def simulate_index(folder: Path, samples: int) -> dict[str, float]:
         "resume_seconds": resumed - opened,
         "next_batch_seconds": time.perf_counter() - resumed,
         "bytes_per_sample": (_memory() - before) / samples,
-        "peak_bytes_per_sample": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / samples,
+        "peak_bytes_per_sample": ((resident("VmHWM") or 0) - before) / samples,
     }
     shutil.rmtree(folder)
     return result
 
 
 def _memory() -> int:
-    """Resident memory of this process in bytes, mapped files included."""
+    """Resident memory of this process in bytes, mapped files included; 0 if not on Linux."""
     gc.collect()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident("VmRSS") or 0

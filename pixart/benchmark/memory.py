@@ -11,8 +11,8 @@ import torch
 from pixart.benchmark.cases import CASES
 from pixart.benchmark.measure import WARM_UP, Settings
 from pixart.cpu import keep_freed_memory
+from pixart.device import resident
 from pixart.model import PixArt, PixArtConfig
-from pixart.train.throughput import resident
 
 
 def main(order: str) -> None:

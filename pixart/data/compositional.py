@@ -40,8 +40,11 @@ class Combination:
     @property
     def held_out(self) -> bool:
         """Whether it is held out from training; depends only on the combination, by SHA-256."""
-        key = f"{self.activity}|{self.gender}|{self.tone}"
-        return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 5 == 0
+        return int(self.digest(), 16) % 5 == 0
+
+    def digest(self, purpose: str = "") -> str:
+        """SHA-256 of the combination, another one for every purpose, to choose combinations by."""
+        return hashlib.sha256(f"{purpose}{self.activity}|{self.gender}|{self.tone}".encode()).hexdigest()
 
 
 def combinations() -> list[Combination]:

@@ -3,7 +3,6 @@
 Emoji designed by OpenMoji, CC BY-SA 4.0. The subject is one of them with another skin colour.
 """
 
-import hashlib
 import tempfile
 from pathlib import Path
 
@@ -24,16 +23,8 @@ _SHIFTS = ((0, 0), (-3, 0), (3, 0), (0, -3), (0, 3), (-3, 3), (3, -3), (2, 2))
 
 def taught_combinations() -> list[Combination]:
     """The combinations that teach the new tones: 20 of each, chosen by SHA-256 among those not held out."""
-
-    def order(cell: Combination) -> str:
-        return hashlib.sha256(f"taught|{cell.activity}|{cell.gender}|{cell.tone}".encode()).hexdigest()
-
-    cells = combinations()
-    return [
-        cell
-        for tone in NEW_TONES
-        for cell in sorted((c for c in cells if c.tone == tone and not c.held_out), key=order)[:TAUGHT_PER_TONE]
-    ]
+    cells = sorted((c for c in combinations() if not c.held_out), key=lambda cell: cell.digest("taught|"))
+    return [cell for tone in NEW_TONES for cell in [c for c in cells if c.tone == tone][:TAUGHT_PER_TONE]]
 
 
 def build_tones(folder: str | Path, *, side: int = 72) -> Path:

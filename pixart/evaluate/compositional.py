@@ -20,6 +20,7 @@ from pixart.errors import InputError
 from pixart.evaluate.image_metric import ImageMetric, Rows, Task
 from pixart.evaluate.interval import Estimate, rate_estimate
 from pixart.evaluate.metric import Declaration, Score
+from pixart.evaluate.nearest import NearestImage
 from pixart.evaluate.reference import read_images
 from pixart.files import digest_text, read_lines, to_json
 
@@ -39,8 +40,7 @@ class Cell:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """All combinations of a folder that `data.prepare: compositional` or `tones` made, in the order of
-    their file names.
+    """All combinations of a folder that `data.prepare: compositional` or `tones` made, ordered by their file names.
 
     Raises:
         InputError: it is not such a folder.
@@ -99,29 +99,25 @@ class Compositional(ImageMetric):
             stranger = task.items[self.asked.index(None)].prompt
             raise InputError(f"{self.name}: '{stranger}' is no caption of the set; leave --prompts out to draw them")
         images = read_images([cell.file for cell in self.cells], task.size, "crop", "reference")
-        known: dict[bytes, int] = {}
-        self.classes = np.array([known.setdefault(image.tobytes(), len(known)) for image in images])
-        first = [int(np.flatnonzero(self.classes == i)[0]) for i in range(len(known))]
-        self.pixels = images[first].reshape(len(known), -1).astype(np.float64)
-        self.lengths = (self.pixels**2).sum(1)
+        self.real = NearestImage(images)
+        self.classes = self.real.classes
         seen = {c for c, cell in zip(self.classes, self.cells, strict=True) if not cell.held_out}
         self.new = np.array([c not in seen for c in self.classes])  # classes without a training combination
-        self.digest = digest_text(to_json([cell.caption for cell in self.cells])) + f", {len(known)} classes"
+        self.digest = digest_text(to_json([cell.caption for cell in self.cells])) + f", {self.real.count} classes"
 
     def rows(self) -> Mapping[str, Rows]:
         return {"compositional": self.nearest}
 
     def nearest(self, images: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
         """The class of the nearest real image, (B,)."""
-        flat = images.reshape(len(images), -1).astype(np.float64)
-        return (self.lengths - 2 * flat @ self.pixels.T).argmin(1)
+        return self.real.find(images)
 
     def hits(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Whether each image is right: the whole combination, and each attribute."""
         nearest = rows["compositional"]
         found = {"combination": nearest == self.classes[self.asked]}
         for aspect, name in enumerate(ASPECTS):
-            of = [set() for _ in self.lengths]  # the attribute values of each class
+            of = [set() for _ in range(self.real.count)]  # the attribute values of each class
             for c, cell in zip(self.classes, self.cells, strict=True):
                 of[c].add(cell.attributes[aspect])
             pairs = zip(self.asked, nearest, strict=True)

@@ -30,10 +30,16 @@ class Item:
     cluster: int  # the number of its prompt; intervals must not treat images of one prompt as independent
 
 
-def number_prompts(prompts: Sequence[str]) -> list[Item]:
-    """One image for every prompt, its seed the prompt's number; equal prompts belong together."""
+def number_prompts(prompts: Sequence[str], seed: int = 0) -> list[Item]:
+    """One image for every prompt; the first has `seed`, each other one more. Equal prompts belong together."""
+    pairs = zip(prompts, together(prompts), strict=True)
+    return [Item(prompt, seed + i, first) for i, (prompt, first) in enumerate(pairs)]
+
+
+def together(prompts: Sequence[str | None]) -> list[int]:
+    """The cluster of every image: the number of the first with the same prompt, its own if the prompt is unknown."""
     first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
-    return [Item(prompt, i, first[prompt]) for i, prompt in enumerate(prompts)]
+    return [i if prompt is None else first[prompt] for i, prompt in enumerate(prompts)]
 
 
 @dataclass

@@ -51,10 +51,11 @@ def make_metrics(names: Iterable[str], setting: str = METRICS.setting) -> dict[s
     return metrics
 
 
-def own_prompts(names: Iterable[str], reference: Path | None, setting: str = METRICS.setting) -> list[str]:
+def own_prompts(names: Iterable[str], reference: str | None, setting: str) -> list[str]:
     """What the first of these metrics that has prompts of its own is drawn for; none if none has."""
     kinds = (METRICS.find(name.partition(":")[0], setting) for name in names)
-    found = (kind.own_prompts(reference) for kind in kinds if issubclass(kind, ImageMetric))
+    folder = None if reference is None else Path(reference)
+    found = (kind.own_prompts(folder) for kind in kinds if issubclass(kind, ImageMetric))
     return next((prompts for prompts in found if prompts), [])
 
 

@@ -6,12 +6,10 @@ finds all files complete writes the record. A kill therefore loses at most one b
 
 import io
 import json
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +19,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from pixart.device import resident
 from pixart.errors import InputError
 from pixart.evaluate.image_metric import ImageMetric, Item, Task, what_to_keep
 from pixart.evaluate.record import SCORES, describe_task, make_record
 from pixart.evaluate.reference import hash_images, image_sizes, read_images
-from pixart.files import write_file, write_json, write_png
+from pixart.files import locked, write_file, write_json, write_png
 from pixart.inference.pipeline import Pipeline
 from pixart.inference.records import common_record
 from pixart.inference.request import Request
@@ -261,18 +260,7 @@ def memory_gb() -> np.ndarray:
     """Peak memory in GiB: of the GPU's tensors, or of the process on a CPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return np.array(torch.cuda.max_memory_allocated() / 2**30)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return np.array(most / (2**30 if sys.platform == "darwin" else 2**20))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A lock among the processes of one machine, which the system releases when a process dies."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    most = resident("VmHWM")
+    if most is None:  # not on Linux
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return np.array(most / 2**30)

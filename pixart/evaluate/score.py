@@ -14,7 +14,7 @@ from pixart.data.buckets import Bucket
 from pixart.data.config import DataConfig
 from pixart.data.sources import make_table, scan
 from pixart.errors import InputError, did_you_mean
-from pixart.evaluate.image_metric import ImageMetric, Item, Task, number_prompts
+from pixart.evaluate.image_metric import ImageMetric, Item, Task, number_prompts, together
 from pixart.evaluate.metrics import make_metrics, own_prompts
 from pixart.evaluate.model_error import DataImages, ModelDenoisingError
 from pixart.evaluate.protocols import PROTOCOLS, Ready
@@ -177,16 +177,13 @@ def _find(options: Options) -> tuple[Ready, list[Path]]:
     prompts = _prompts(options, paths)
     if options.images:
         known = prompts or [None] * len(paths)
-        first = {prompt: i for i, prompt in reversed(list(enumerate(known)))}  # equal prompts belong together
-        items = [Item(p, None, i if p is None else first[p]) for i, p in enumerate(known)]
-        return Ready(items), paths
+        return Ready([Item(*each) for each in zip(known, [None] * len(known), together(known), strict=True)]), paths
     if prompts is None:
-        if not (own := own_prompts(options.metrics, Path(options.reference) if options.reference else None, "metrics")):
+        if not (own := own_prompts(options.metrics, options.reference, "--metrics")):
             raise InputError("prompts: got none; give --prompts FILE, --data SOURCE or --protocol NAME")
         return Ready(number_prompts(own)[: options.limit]), []
-    first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}  # equal prompts belong together
-    pairs = [(first[prompt], prompt) for prompt in prompts for _ in range(options.count)]
-    return Ready([Item(p, options.seed + n, i) for n, (i, p) in enumerate(pairs)][: options.limit]), []
+    repeated = [prompt for prompt in prompts for _ in range(options.count)]
+    return Ready(number_prompts(repeated, options.seed)[: options.limit]), []
 
 
 def _prompts(options: Options, paths: Sequence[Path]) -> list[str] | None:

@@ -13,6 +13,7 @@ from pixart.evaluate.compositional import read_cells
 from pixart.evaluate.image_metric import ImageMetric, Rows, Task
 from pixart.evaluate.interval import Estimate, rate_estimate
 from pixart.evaluate.metric import Declaration, Score
+from pixart.evaluate.nearest import NearestImage
 from pixart.evaluate.reference import read_images
 
 DRAWS = 24  # of the instance's and of the class's prompt
@@ -57,12 +58,9 @@ class SubjectScores(ImageMetric):
             raise InputError(f"subject: '{strangers[0]}' is no caption of the set; leave --prompts out to draw them")
         files = [cell.file for cell in cells]
         images = read_images(files, task.size, "crop", "reference")
-        known: dict[bytes, int] = {}
-        classes = [known.setdefault(image.tobytes(), len(known)) for image in images]
         subject = read_images(sorted(folder.glob("*.png")), task.size, "crop", "reference")
-        self.pixels = np.concatenate([images, subject]).reshape(len(images) + len(subject), -1).astype(np.float64)
-        self.lengths = (self.pixels**2).sum(1)
-        self.classes = np.array([*classes, *[SUBJECT] * len(subject)])
+        self.real = NearestImage(np.concatenate([images, subject]))
+        classes, self.subject = np.split(self.real.classes, [len(images)])
         self.asked = np.array([SUBJECT if p == INSTANCE_PROMPT else classes[numbers[p]] for p in prompts])
         activities = [None if p == INSTANCE_PROMPT else cells[numbers[p]].attributes[0] for p in prompts]
         of_class = np.array([activity == CLASS_ACTIVITY for activity in activities])
@@ -79,8 +77,8 @@ class SubjectScores(ImageMetric):
 
     def nearest(self, images: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
         """The class of the nearest real image, (B,)."""
-        flat = images.reshape(len(images), -1).astype(np.float64)
-        return self.classes[(self.lengths - 2 * flat @ self.pixels.T).argmin(1)]
+        found = self.real.find(images)
+        return np.where(np.isin(found, self.subject), SUBJECT, found)
 
     def estimate(self, rows: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
         hits = rows["subject"] == self.asked

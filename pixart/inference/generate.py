@@ -1,10 +1,8 @@
 """Images of prompts, written to a folder as they are drawn, by any number of processes; then a contact sheet."""
 
-import fcntl
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,7 +18,7 @@ from pixart.data.decoding import open_image
 from pixart.diffusion import make_schedule
 from pixart.diffusion.sampling import SampleConfig
 from pixart.errors import InputError
-from pixart.files import digest_text, to_json
+from pixart.files import digest_text, locked, to_json
 from pixart.inference.checks import MOST_IMAGES, check_counts
 from pixart.inference.latents import with_null_mode
 from pixart.inference.pipeline import Pipeline
@@ -120,7 +118,8 @@ def save_samples(
             for i, drawn in _draw(pipeline, orders, mine, set(missing), config, options, bar):
                 with _writing(files.path):
                     there[i] = files.write(orders[i].stem, drawn, orders[i].record)
-        with _writing(files.path), _one_at_a_time(files.path, ranks):
+        # of several processes that finish together only one makes the contact sheet
+        with _writing(files.path), locked(files.path) if ranks > 1 else nullcontext():
             sheet = _write_sheet(files.path, orders, there)
     if say is not None:
         say(_summary(len(missing), len(mine) - len(missing), len(orders), files.path, sheet, rank, ranks))
@@ -205,21 +204,6 @@ def _summary(drawn: int, kept: int, total: int, folder: Path, sheet: Path | None
     if total > SHEET:
         shown = f"; no contact sheet for more than {SHEET}"
     return f"{who}{drawn} image{'s' * (drawn != 1)} drawn, {kept} already there, in {folder}{shown}"
-
-
-@contextmanager
-def _one_at_a_time(folder: Path, ranks: int) -> Iterator[None]:
-    """A lock, so that of several processes that finish together only one makes the contact sheet; it is released even
-    if its process dies."""
-    if ranks == 1:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class EvaluateConfig:
         """The prompts of drawn images; none if they are the held-out captions."""
         if self.prompts is not None:
             return read_prompts(self.prompts)
-        return own_prompts(self.metrics, Path(self.reference) if self.reference else None, "evaluate.metrics")
+        return own_prompts(self.metrics, self.reference, "evaluate.metrics")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import nn
 
 from pixart.config import dump_yaml, load_config
 from pixart.cpu import give_memory_back, hold_only_what_is_used, use_onednn
+from pixart.device import resident
 from pixart.encoders.autoencoder import Autoencoder, IdentityAutoencoder
 from pixart.encoders.vae import AutoencoderKL, VaeAutoencoder, VaeConfig
 from pixart.errors import InputError
@@ -34,7 +35,7 @@ from pixart.train.setup import make_accelerator, make_network
 from pixart.train.state import TrainState
 from pixart.train.step import train_step
 from pixart.train.step_memory import encodes_images, largest_batch
-from pixart.train.throughput import measure_peak, resident
+from pixart.train.throughput import measure_peak
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """Throughput: FLOPs of the networks' calls, the peak FLOP/s of the device, memory."""
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -80,17 +78,6 @@ def memory_gb(device: torch.device) -> float:
     import psutil  # accelerate brings it
 
     return psutil.Process().memory_info().rss / 2**30
-
-
-def resident(key: str) -> int | None:
-    """Resident memory in bytes, now (VmRSS) or at its peak (VmHWM), mapped pages included; None if not on Linux.
-
-    getrusage is not used because its peak includes that of the process from which this one was forked.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return int(re.search(rf"{key}:\s+(\d+)", status.read_text())[1]) * 1024
 
 
 def _wait_for(device: torch.device) -> None:
