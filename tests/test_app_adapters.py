@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from pages import make_adapter, served
 from pixart import Pipeline, SampleConfig, commands
 from pixart.adapters.adapter import AdapterConfig, adapt
+from pixart.adapters.base import mark_base, other_base
 from pixart.adapters.load import save_adapter
 from pixart.app.adapters import Adapters
 from pixart.app.drawing import Store
@@ -142,6 +144,26 @@ def test_an_adapter_that_does_not_fit_is_said_when_it_is_chosen_and_the_page_goe
     for wrong in ("much", float("nan"), float("inf"), True):
         html, _ = draw(events, adapters={"style": wrong})
         assert "strength of style: got" in html and 'role="alert"' in html, wrong
+
+
+@pytest.mark.filterwarnings("ignore:lora 'style'. it was trained on")
+def test_an_adapter_of_another_base_is_said_when_it_is_chosen_and_draws(home, events, monkeypatch):
+    async def choose(strength):
+        return (await events.choose("me", "model", {"style": strength}))[2]
+
+    files, own = events.models.adapters.files, mark_base(Pipeline.from_pretrained(home / "model").model)
+    read = []
+    monkeypatch.setattr("pixart.adapters.apply.other_base", lambda *given: read.append(1) or other_base(*given))
+    for mark, said in ((own, False), ("network:0123", True)):
+        events.shelf.get("model")._doubts.clear()
+        files["style"] = replace(files["style"], base="pixels", base_weights=mark)
+        line = asyncio.run(choose(0.5))
+        assert ("model: lora &#x27;style&#x27;: it was trained on pixels, whose weights are not" in line) == said
+        assert (line == "") == (not said) and asyncio.run(choose(0)) == ""
+    read.clear()
+    assert asyncio.run(choose(0.4)) == line and not read  # the network is not read for each movement of a slider
+    html, results = draw(events, adapters={"style": 0.4})
+    assert "done" in html and len(results) == 1
 
 
 def test_adapters_are_those_named_at_the_start(home, tmp_path):

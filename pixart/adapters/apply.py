@@ -45,14 +45,19 @@ class Loras:
         if name in self.loaded:
             raise InputError(f"lora: '{name}' is loaded already; give this one another name, or unload that one first")
         self.check(name, file)
-        if file.base_weights is not None and (found := other_base(file.base_weights, self.network, self._before)):
-            warnings.warn(
-                f"lora '{name}': it was trained on {file.base or 'another base'}, whose weights are not this "
-                f"network's ({file.base_weights} there, {found} here); images may not show what it was trained for",
-                stacklevel=2,
-            )
+        if (doubt := self.doubt(name, file)) is not None:
+            warnings.warn(doubt, stacklevel=2)
         self.loaded[name] = _Loaded(file, _strength(strength))
         self._refresh(file)
+
+    def doubt(self, name: str, file: LoraFile) -> str | None:
+        """What `load` would warn of: that the adapter was trained on other weights than the network's. None if not."""
+        if file.base_weights is None or not (found := other_base(file.base_weights, self.network, self._before)):
+            return None
+        return (
+            f"lora '{name}': it was trained on {file.base or 'another base'}, whose weights are not this network's "
+            f"({file.base_weights} there, {found} here); images may not show what it was trained for"
+        )
 
     def check(self, name: str, file: LoraFile) -> None:
         """Only say whether an adapter could be loaded.

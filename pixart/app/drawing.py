@@ -170,16 +170,17 @@ def plan(
 
 
 def load_work(name: str, strengths: Strengths) -> Callable[[Shelf, Job], None]:
-    """The work of a job that loads a model; its results are the model's card, and why the adapters do not fit it, ""
-    if they do."""
+    """The work of a job that loads a model; its results are the model's card, and what speaks against the adapters on
+    it: why they do not fit, or that they were trained on another base; "" if nothing does."""
 
     def work(shelf: Shelf, job: Job) -> None:
-        job.doing, misfit = "loading the model", ""
+        job.doing = "loading the model"
         loaded = shelf.get(name)
         try:
             loaded.adapters.check(loaded.pipeline, strengths)
+            against = loaded.doubts(strengths)
         except InputError as error:
-            misfit = f"{name}: {error}"
-        job.results += [loaded.pipeline.card, misfit]
+            against = [str(error)]
+        job.results += [loaded.pipeline.card, "; ".join(f"{name}: {line}" for line in against)]
 
     return work

@@ -67,8 +67,8 @@ class Events:
     async def choose(
         self, owner: str, model: str, strengths: Mapping[str, Any] | None = None
     ) -> tuple[str, list[str] | None, str]:
-        """Load a model → the status; the sizes of its own table, None if it cannot be loaded; and why the adapters do
-        not fit it, "" if they do."""
+        """Load a model → the status; the sizes of its own table, None if it cannot be loaded; and what speaks against
+        the adapters on it, "" if nothing does."""
         mine = f"{owner} loads"
         self.pool.cancel(mine)  # another model, which was chosen before
         try:

@@ -100,6 +100,7 @@ class Loaded:
     preview: Preview
     adapters: Adapters = field(default_factory=Adapters)
     records: dict[tuple, Record] = field(default_factory=dict)
+    _doubts: dict[str, str | None] = field(default_factory=dict)  # by the names of adapters
 
     def use(self, strengths: Strengths) -> None:
         """Put these adapters on the network, and take off all others. The pipeline stays as it is otherwise.
@@ -108,6 +109,14 @@ class Loaded:
             InputError: one of them does not fit the network.
         """
         self.adapters.put_on(self.pipeline, strengths)
+
+    def doubts(self, strengths: Strengths) -> list[str]:
+        """What speaks against adapters that fit the network: that they were trained on another base. It is found out
+        once for each, since the whole network is read for it."""
+        for name, _ in strengths:
+            if name not in self._doubts:
+                self._doubts[name] = self.pipeline.loras.doubt(name, self.adapters.files[name])
+        return [doubt for name, _ in strengths if (doubt := self._doubts[name]) is not None]
 
     def record(self, config: SampleConfig, null: str | None, strengths: Strengths = ()) -> Record:
         """`common_record`, whose fingerprints of the weights are computed once for all images of some settings.

@@ -42,7 +42,7 @@ class Form:
     other: Any
     fields: dict[str, Any]
     adapters: dict[str, Any]  # sliders by the adapters' names
-    misfit: Any  # says why an adapter does not fit the model
+    misfit: Any  # says why an adapter does not fit the model, or that it is of another base
     canvas: Any
     draw: Any
     cancel: Any
@@ -112,7 +112,7 @@ def compared(models: Models) -> list[str]:
 
 
 def _adapters(gr, adapters: Adapters) -> tuple[dict[str, Any], Any]:
-    """A slider for each adapter by its name, and a place for a line that says why one does not fit the model."""
+    """A slider for each adapter by its name, and a place for what speaks against one on the model."""
     if not adapters.names:
         return {}, gr.HTML(visible=False)
     sliders = {}
