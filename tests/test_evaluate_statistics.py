@@ -124,11 +124,39 @@ def test_leaving_a_group_out_of_recall_is_scoring_the_others():
 
 
 def test_a_rate_has_wilsons_interval():
-    found = rate_estimate(8, 10)
-    assert (found.low, found.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert rate_estimate(0, 248).high == pytest.approx(0.0153, abs=1e-4)
+    found = rate_estimate(np.arange(10) < 8, range(10))
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert rate_estimate(np.zeros(248, bool), range(248)).high == pytest.approx(0.0153, abs=1e-4)
+    assert rate_estimate(np.arange(10) < 8, [3] * 10) == found  # draws of one prompt
+    assert math.isnan(rate_estimate(np.zeros(0, bool), []).value)
     assert student(19) == pytest.approx(2.093, abs=1e-3)
     assert student(4) == pytest.approx(2.776, rel=0.01)
+
+
+def test_repeating_every_image_of_a_rate_gains_no_certainty():
+    hits = np.arange(40) % 5 > 0
+    once, often = rate_estimate(hits, range(40)), rate_estimate(np.repeat(hits, 8), np.repeat(range(40), 8))
+    assert often.value == once.value == 0.8
+    z = student(39)
+    half = z / (1 + z * z / 40) * math.sqrt(0.16 / 40 + z * z / 6400)  # Wilson's formula for 40 images
+    assert often.high - often.low == pytest.approx(2 * half, rel=0.02) and often.high - often.low > once.high - once.low
+    for rate in (0, 1):
+        sure = rate_estimate(np.full(320, bool(rate)), np.repeat(range(40), 8))
+        assert sure.high - sure.low == pytest.approx(z * z / (40 + z * z), rel=1e-9)
+
+
+@pytest.mark.parametrize(("prompts", "draws", "alike"), [(30, 8, 0.9), (30, 8, 0.0), (12, 4, 0.5), (200, 2, 1.0)])
+def test_the_interval_of_a_rate_covers_when_draws_of_a_prompt_are_alike(prompts, draws, alike):
+    """Prompts have rates of their own around 0.7, whose intraclass correlation is `alike`."""
+    random, covered, of = np.random.default_rng(0), 0, np.repeat(range(prompts), draws)
+    for _ in range(400):
+        if alike in (0, 1):
+            own = np.full(prompts, 0.7) if alike == 0 else random.random(prompts) < 0.7
+        else:
+            own = random.beta(0.7 * (1 / alike - 1), 0.3 * (1 / alike - 1), prompts)
+        found = rate_estimate(random.random(len(of)) < own[of], of)
+        covered += found.low <= 0.7 <= found.high
+    assert 0.92 <= covered / 400 <= 0.995
 
 
 def test_real_features_without_a_network_to_ask(emoji_folder, tmp_path):

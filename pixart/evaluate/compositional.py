@@ -129,7 +129,7 @@ class Compositional(ImageMetric):
         seen = ~np.array([self.cells[i].held_out for i in self.asked])
 
         def rate(name: str, chosen: np.ndarray) -> Estimate:
-            return rate_estimate(int(hits[name][chosen].sum()), int(chosen.sum()))
+            return rate_estimate(hits[name][chosen], self.task.clusters[chosen])
 
         return {
             "compositional": rate("combination", new),

@@ -84,9 +84,14 @@ class Task:
         return [item.prompt for item in self.items]
 
     @cached_property
+    def clusters(self) -> np.ndarray:
+        """The cluster of every image."""
+        return np.array([item.cluster for item in self.items])
+
+    @cached_property
     def groups(self) -> np.ndarray:
         """The group of every image, for intervals."""
-        return assign_groups([item.cluster for item in self.items])
+        return assign_groups(self.clusters.tolist())
 
 
 class ImageMetric(Metric):

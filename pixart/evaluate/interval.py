@@ -97,11 +97,29 @@ def mean_estimate(values: np.ndarray, groups: np.ndarray, *, low: float = -math.
     return jackknife(total / size, lambda g: (total - sums[g]) / (size - counts[g]), groups, low=low, high=high)
 
 
-def rate_estimate(hits: int, count: int) -> Estimate:
-    """A rate with Wilson's interval (1927), which is valid near 0 and 1 as well."""
+def rate_estimate(hits: np.ndarray, clusters: Sequence[int]) -> Estimate:
+    """The share of hits with Wilson's interval (1927), which is valid near 0 and 1 as well.
+
+    Images of one cluster (prompt) may be right or wrong together. If there are several of some, the interval is that of
+    as many independent images as would vary as much, with Student's quantile for the number of clusters (Korn and
+    Graubard 1998). If all are of one cluster, they are independent draws of it.
+
+    Args:
+        hits: of every image, (N,), boolean.
+        clusters: of every image.
+    """
+    count, (_, of, sizes) = len(hits), np.unique(clusters, return_inverse=True, return_counts=True)
     if not count:
         return Estimate(math.nan)
-    rate, z = hits / count, Z
+    rate, z, many = float(np.mean(hits)), Z, len(sizes)
+    if 1 < many < count:
+        fewest = count**2 / float((sizes**2).sum())  # if each cluster is right or wrong as a whole
+        z = student(many - 1)
+        variance = many / (many - 1) * float(((np.bincount(of, hits) - rate * sizes) ** 2).sum()) / count**2
+        if not 0 < rate < 1:  # no cluster says how much its images vary
+            count = fewest
+        elif variance > 0:
+            count = min(max(rate * (1 - rate) / variance, fewest), count)
     middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count**2))
     return Estimate(rate, max(middle - half, 0.0), min(middle + half, 1.0))

@@ -49,7 +49,7 @@ def make_record(
         "format": FORMAT,
         "scores": scores,
         "interval": f"95 %, for the expected value at this number of images and with this reference: jackknife over "
-        f"{GROUPS} groups of prompts, for rates Wilson's",
+        f"{GROUPS} groups of prompts, for rates Wilson's (widened if draws of one prompt are alike)",
         **plan,
         "run": dict(run),
     }

@@ -81,8 +81,8 @@ class SubjectScores(ImageMetric):
         return np.where(np.isin(found, self.subject), SUBJECT, found)
 
     def estimate(self, rows: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-        hits = rows["subject"] == self.asked
-        return {key: rate_estimate(int(hits[part].sum()), int(part.sum())) for key, part in self.parts.items()}
+        hits, clusters = rows["subject"] == self.asked, self.task.clusters
+        return {key: rate_estimate(hits[part], clusters[part]) for key, part in self.parts.items()}
 
     def facts(self) -> dict[str, Any]:
         return {key: int(part.sum()) for key, part in self.parts.items()}

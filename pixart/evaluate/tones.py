@@ -39,7 +39,7 @@ class Tones(Compositional):
         for key, chosen in (("tones_new", unseen & taught), ("tones_rest", unseen & ~taught)):
             for name, hit in hits.items():
                 part = key if name == "combination" else f"{key}_{name}"
-                found[part] = rate_estimate(int(hit[chosen].sum()), int(chosen.sum()))
+                found[part] = rate_estimate(hit[chosen], self.task.clusters[chosen])
         return found
 
     def facts(self) -> dict[str, object]:
