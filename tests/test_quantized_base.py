@@ -15,6 +15,7 @@ import pixart
 from chaos import tensors
 from pixart.adapters.load import load_merged, load_model, read_settings
 from pixart.adapters.lora import TARGETS, find_layers
+from pixart.adapters.lora_files import FORMATS, read_lora, write_lora
 from pixart.checkpoint.files import checkpoints
 from pixart.errors import InputError
 from pixart.quantize import QUANTIZED, QuantizedLinear
@@ -33,9 +34,9 @@ NF4 = [
 ]  # fmt: skip
 
 
-def kinds():
-    yield "int8"
-    yield pytest.param("nf4", marks=pytest.mark.skipif(not _has_bitsandbytes(), reason="needs bitsandbytes"))
+def kinds() -> list:
+    four = pytest.mark.skipif(not _has_bitsandbytes(), reason="needs bitsandbytes")
+    return ["int8", pytest.param("nf4", marks=four)]
 
 
 def _has_bitsandbytes() -> bool:
@@ -140,6 +141,14 @@ def test_a_run_trains_the_adapter_of_one_on_the_whole_base_and_is_used_like_it(b
     lora = load_file(last / "ema" / "adapter.safetensors")
     up, down = (lora[f"layers.blocks-0-attn-qkv.{part}"] for part in ("up", "down"))
     assert relative(merged.blocks[0].attn.qkv.weight, weight + up @ down) <= 1e-6  # in full precision; the scale is 1
+    drawer = pixart.Pipeline.from_pretrained(base["init_from"])
+    for format in FORMATS:
+        path = tmp_path / (f"{format}.safetensors" if format == "kohya" else format)
+        write_lora(read_lora(run), path, format)
+        drawer.load_lora(path)
+        assert relative(drawer("a red square", steps=2, output="latent"), expected) <= 1e-4, format
+        drawer.unload_lora()
+    assert not [warning for warning in recwarn if "was trained on" in str(warning.message)]
 
 
 @pytest.mark.parametrize("kind", kinds())
