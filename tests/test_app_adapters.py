@@ -154,7 +154,7 @@ def test_an_adapter_of_another_base_is_said_when_it_is_chosen_and_draws(home, ev
     files, own = events.models.adapters.files, mark_base(Pipeline.from_pretrained(home / "model").model)
     read = []
     monkeypatch.setattr("pixart.adapters.apply.other_base", lambda *given: read.append(1) or other_base(*given))
-    for mark, said in ((own, False), ("network:0123", True)):
+    for mark, said in ((own, False), ("network:" + "0123" * 8, True)):
         events.shelf.get("model")._doubts.clear()
         files["style"] = replace(files["style"], base="pixels", base_weights=mark)
         line = asyncio.run(choose(0.5))

@@ -521,7 +521,7 @@ def test_files_that_are_no_adapter_of_a_pixart_are_named(network, tmp_path):
     mixed = pair("transformer.transformer_blocks.0.attn1.to_q") | pair("transformer.transformer_blocks.0.attn9.to_q")
     refused(mixed, path, r"names that fit no PixArt: transformer\.transformer_blocks\.0\.attn9\.to_q \(1 of 4 names\)")
     lone = {"lora_unet_blocks_0_attn_qkv.lora_down.weight": torch.ones(2, 8)}
-    refused(lone, path, "down alone make no change")
+    refused(lone, path, "got down, expected down and up")
     both = pair("diffusion_model.blocks.0.attn.qkv") | pair("blocks.0.attn.qkv")
     refused(both, path, "both change blocks.0.attn.qkv")
     with pytest.raises(InputError, match="no such file"):

@@ -5,6 +5,7 @@ training. Fingerprints round to bf16 and so are the same in fp32 and bf16. Throu
 gives others: the mark of such a base ends in `:float16`, and it is compared with marks of that end only.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,7 @@ from pixart.encoders.fingerprint import digest_tensors, fingerprint, sample_valu
 from pixart.model.pixart import PixArt
 
 KIND, ROUNDED = "network:", ":float16"
+_MARK = re.compile(f"{KIND}[0-9a-f]{{32}}({ROUNDED})?")
 
 
 def mark_base(network: PixArt, before: Mapping[str, Tensor] | None = None) -> str:
@@ -26,7 +28,7 @@ def mark_base(network: PixArt, before: Mapping[str, Tensor] | None = None) -> st
 
 def is_mark(text: str) -> bool:
     """Whether it is a mark; adapters of earlier versions have the fingerprint of the base with its null caption."""
-    return text.startswith(KIND)
+    return _MARK.fullmatch(text) is not None
 
 
 def other_base(mark: str, network: PixArt, before: Mapping[str, Tensor] | None = None) -> str | None:

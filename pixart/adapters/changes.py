@@ -44,6 +44,15 @@ class LowRank:
         """Whether it is DoRA with a magnitude of every column instead of every row."""
         return self.magnitude is not None and self.magnitude.ndim == 2
 
+    def misfit(self) -> str | None:
+        """Why its tensors do not belong together, None if they do."""
+        if self.magnitude is not None:
+            rows, width = self.shape
+            count, expected = self.magnitude.numel(), width if self.by_columns else rows
+            if count != expected:
+                return f"the magnitude has {count} values, expected {expected}"
+        return _misfit(("B", self.up), ("A", self.down))
+
     def folded(self) -> "LowRank":
         """The same with scale 1, so that every reader gets the same strength."""
         return replace(self, up=self.up.float() * self.scale, scale=1.0)
@@ -60,6 +69,14 @@ class Hadamard:
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.first[0]), self.first[1][0].numel()
+
+    def misfit(self) -> str | None:
+        """Why its tensors do not belong together, None if they do."""
+        for i, (a, b) in enumerate((self.first, self.second), 1):
+            if (found := _misfit((f"hada_w{i}_a", a), (f"hada_w{i}_b", b))) is not None:
+                return found
+        other = len(self.second[0]), self.second[1][0].numel()
+        return None if other == self.shape else f"its two products are of {self.shape} and {other}"
 
     def delta(self, weight: Tensor) -> Tensor:
         flat = weight.flatten(1)
@@ -83,6 +100,16 @@ class Kronecker:
             rows, width = rows * len(left), width * right[0].numel()
         return rows, width
 
+    def misfit(self) -> str | None:
+        """Why its tensors do not belong together, None if they do."""
+        for i, part in enumerate((self.first, self.second), 1):
+            if isinstance(part, Tensor):
+                continue
+            named = [(f"lokr_w{i}_{which}", tensor) for which, tensor in zip("ab", part, strict=True)]
+            if (found := _misfit(*named)) is not None:
+                return found
+        return None
+
     def delta(self, weight: Tensor) -> Tensor:
         flat = weight.flatten(1)
         parts = [
@@ -102,8 +129,19 @@ class Difference:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
+    def misfit(self) -> str | None:
+        """It is one tensor."""
+        return None
+
     def delta(self, weight: Tensor) -> Tensor:
         return self.value.to(weight).view_as(weight)
+
+
+def _misfit(left: tuple[str, Tensor], right: tuple[str, Tensor]) -> str | None:
+    """Why two matrices, each with its name, cannot be multiplied, None if they can."""
+    (a, first), (b, second) = left, right
+    columns = first.flatten(1).shape[1]
+    return None if columns == len(second) else f"{b} has {len(second)} rows, {a} {columns} columns"
 
 
 Change = LowRank | Hadamard | Kronecker | Difference

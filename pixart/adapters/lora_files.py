@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart.adapters.base import is_mark
-from pixart.adapters.changes import Change, Difference, Hadamard, Kronecker, LowRank, fuse, split
+from pixart.adapters.changes import Change, LowRank, fuse, split
 from pixart.adapters.lora import scale_of, to_module
-from pixart.adapters.lora_names import Place, find_place, split_name, their_names, whose
+from pixart.adapters.lora_names import Place, their_names
+from pixart.adapters.lora_tensors import interpret
 from pixart.checkpoint.locate import locate
 from pixart.checkpoint.weights import find_state, read_payload
 from pixart.errors import InputError
@@ -67,10 +68,11 @@ def read_lora(source: str | Path, *, ema: bool = True) -> LoraFile:
     state, metadata = _read(path)
     if "lora_adapter_metadata" in metadata:
         settings = settings or _from_header(metadata["lora_adapter_metadata"], path)
-    changes = _interpret(state, settings, path)
+    changes = interpret(state, settings, path)
     about = {key: value for key, value in metadata.items() if re.search("trigger|title|author|tag_frequency", key)}
     base = settings.get("base_model_name_or_path") or metadata.get("ss_sd_model_name")
-    return LoraFile(changes, _format_of(state, path), base, about, metadata.get(BASE_WEIGHTS))
+    mark = metadata.get(BASE_WEIGHTS, "")
+    return LoraFile(changes, _format_of(state, path), base, about, mark if is_mark(mark) else None)
 
 
 def name_lora(source: Path) -> str:
@@ -121,8 +123,10 @@ def _from_header(text: str, path: Path) -> dict[str, Any]:
     """PEFT's settings from the header of diffusers' file, whose keys begin with the model's part."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: its header's lora_adapter_metadata is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: its header's lora_adapter_metadata: expected keys and values, got {found!r}")
     return {key.removeprefix("transformer."): value for key, value in found.items()}
 
 
@@ -133,91 +137,6 @@ def _format_of(state: Mapping[str, Tensor], path: Path) -> str:
     if any(re.search(r"lora_(down|up)\.weight$", name) for name in names):
         return "kohya"
     return "peft" if path.name in PEFT_WEIGHTS else "diffusers"
-
-
-def _interpret(state: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> dict[Place, Change]:
-    """Tensors → changes, every one of them used.
-
-    Raises:
-        InputError: names that fit nothing, or matrices without their other half.
-    """
-    grouped: dict[str, dict[str, Tensor]] = {}
-    strangers = []
-    for name, tensor in state.items():
-        found = split_name(name)
-        if found is None:
-            strangers.append(name)
-        else:
-            grouped.setdefault(found[0], {})[found[1]] = tensor
-    if not grouped:
-        if any(re.search(r"attn1?\.(qkv|to_q)\.weight$", name) for name in state):
-            raise InputError(f"{path}: this is a model, not a LoRA; give it as the model (--model)")
-        raise InputError(f"{path}: no tensor of a LoRA in it; it has {', '.join(strangers[:3])}")
-    places = {module: find_place(module) for module in grouped}
-    strangers += [module for module, place in places.items() if place is None]
-    if strangers:
-        other = whose(strangers)
-        raise InputError(
-            f"{path}: {f'this is an adapter {other}, not of a PixArt' if other else 'names that fit no PixArt'}: "
-            f"{', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''} ({len(strangers)} of {len(state)} names)"
-        )
-    changes: dict[Place, Change] = {}
-    for module, tensors in grouped.items():
-        for place, change in _changes(module, places[module], tensors, settings, path):
-            if place in changes:
-                raise InputError(f"{path}: {module} and another name both change {place.module}; keep one")
-            changes[place] = change
-    return changes
-
-
-def _changes(
-    module: str, place: Place, tensors: dict[str, Tensor], settings: Mapping[str, Any], path: Path
-) -> list[tuple[Place, Change]]:
-    """The changes that one module's tensors make."""
-    kinds, alpha = set(tensors) - {"alpha"}, tensors.get("alpha")
-
-    def scale(rank: int) -> float:
-        return _scale(module, rank, None if alpha is None else float(alpha), settings)
-
-    try:
-        if kinds <= {"down", "up", "magnitude"} and {"down", "up"} <= kinds:
-            down, up, magnitude = tensors["down"], tensors["up"], tensors.get("magnitude")
-            if up.flatten(1).shape[1] != len(down):
-                raise InputError(f"{path}: {module}: A has {len(down)} rows, B {up.flatten(1).shape[1]} columns")
-            if magnitude is not None:
-                by_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1
-                magnitude = magnitude.reshape(1, -1) if by_columns else magnitude.flatten()
-            return [(place, LowRank(down, up.flatten(1), scale(len(down)), magnitude))]
-        if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} == kinds:
-            first, second = ((tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"]) for i in (1, 2))
-            return [(place, Hadamard(first, second, scale(len(first[1]))))]
-        if any(kind.startswith("lokr_") for kind in kinds) and "lokr_t2" not in kinds:
-            first, second = (
-                tensors[f"lokr_w{i}"] if f"lokr_w{i}" in kinds else (tensors[f"lokr_w{i}_a"], tensors[f"lokr_w{i}_b"])
-                for i in (1, 2)
-            )
-            ranks = [len(part[1]) for part in (first, second) if isinstance(part, tuple)]
-            return [(place, Kronecker(first, second, scale(ranks[-1]) if ranks else 1.0))]
-        if kinds and kinds <= {"diff", "diff_b"}:
-            names = {"diff": "weight", "diff_b": "bias"}
-            return [(place._replace(tensor=names[kind]), Difference(tensors[kind])) for kind in sorted(kinds)]
-    except KeyError as error:
-        raise InputError(f"{path}: {module} has no {error.args[0]}, which its other tensors need") from None
-    raise InputError(f"{path}: {module}: {', '.join(sorted(kinds))} alone make no change that is known")
-
-
-def _scale(module: str, rank: int, alpha: float | None, settings: Mapping[str, Any]) -> float:
-    """α/r: α of the file, else of PEFT's settings, else r."""
-    if alpha is not None:
-        return alpha / rank
-    if not settings.get("lora_alpha"):
-        return 1.0
-    name = re.sub(r"^(unet\.)?(base_model\.model\.)?(transformer\.)?(?=\w)", "", module)
-    found = next(
-        (value for key, value in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", name)),
-        settings["lora_alpha"],
-    )
-    return scale_of(float(found), rank, bool(settings.get("use_rslora")))
 
 
 def _read_ours(folder: Path) -> LoraFile:
