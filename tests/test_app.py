@@ -5,7 +5,9 @@ import http.client
 import json
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -32,7 +34,7 @@ from pixart.app.worker import Busy, Job, Pool
 from pixart.encoders.autoencoder import AutoencoderConfig
 from pixart.errors import InputError
 from pixart.inference.records import read_record as read_png
-from runs import ROOT, make_model
+from runs import ROOT, command, environment, make_model
 
 CONFIG = SampleConfig(sampler="ddim", steps=3, guidance=3.0)
 LIMITS = Limits(pixels=256, images=4)
@@ -470,6 +472,23 @@ def test_a_port_in_use_and_a_bad_password_file_are_one_line(tmp_path):
         read_password(tmp_path / "empty")
     (tmp_path / "word").write_text(" open sesame \nmore")
     assert read_password(tmp_path / "word") == "open sesame"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_page_that_is_told_to_end_leaves_no_files(folder, tmp_path, number):
+    words = command("app", str(folder), "--port", "0")
+    place = environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=place) as process:
+        try:
+            next(line for line in process.stdout if "the page is at" in line)
+            assert [path.name for path in tmp_path.iterdir() if path.name.startswith("pixart-app-")]
+            process.send_signal(number)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode in (128 + number, -number) and "Traceback" not in said
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("pixart-app-")]
 
 
 @pytest.mark.slow

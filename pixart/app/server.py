@@ -3,9 +3,12 @@
 import hmac
 import os
 import re
+import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -131,7 +134,7 @@ def serve(
         InputError: as in `bind` and `make_app`.
     """
     listener = bind(address)
-    with tempfile.TemporaryDirectory(prefix="pixart-app-") as home, listener:
+    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="pixart-app-") as home, listener:
         app, pool = make_app(models, shelves, address, limits, Path(home))
         import uvicorn
 
@@ -144,6 +147,26 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             pool.close()
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A context in which SIGTERM (of `docker stop`) and SIGHUP (of a closed terminal) end the process as Ctrl+C does:
+    no images are left behind. In a thread the surrounding program decides what a signal means."""
+    numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in numbers if main and n and signal.getsignal(n) is not signal.SIG_IGN}
+
+    def end(number: int, _frame) -> None:
+        raise SystemExit(128 + number)
+
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Guard:
