@@ -500,7 +500,7 @@ def test_twenty_requests_at_once_are_served_and_memory_stays_flat(server):
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     def one(number: int) -> None:
-        client = Client(f"http://127.0.0.1:{server}", auth=("me", "open sesame"), verbose=False)
+        client = Client(f"http://127.0.0.1:{server}", auth=("me", "open sesame"), verbose=False, download_files=False)
         form = to_list("model", prompt="a red square", seed=str(number))
         html, images, *_ = client.predict(*form, api_name="/draw")
         answers.append((html, len(images["value"])))

@@ -261,7 +261,7 @@ def test_the_served_page_has_a_slider_for_each_adapter_and_draws_with_it(home, t
 
     models = Models([str(home / "model")], [f"{home}/style.safetensors:0.8", f"{home}/wide.safetensors:0"])
     with served(models, tmp_path, Limits()) as port:
-        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        client = Client(f"http://127.0.0.1:{port}", verbose=False, download_files=False)
         sliders = {c["props"]["label"]: c["props"]["value"] for c in client.config["components"]
                    if c["type"] == "slider" and c["props"].get("elem_id", "").startswith("adapter")}  # fmt: skip
         assert sliders == {"style": 0.8, "wide": 0}
