@@ -15,6 +15,8 @@ from pixart.diffusion.sampling import SAMPLERS
 
 REFRESH = 5  # seconds between looks at the files of runs, while their tab is open
 CANVAS = 512  # side of the canvas for a start image, in pixels
+# of events that are not called from outside the page
+INNER: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto; }
 .gradio-container main.app { width: 100% !important; max-width: none !important; padding: 8px 12px !important; }
@@ -140,8 +142,20 @@ def _canvas(gr):
     )
 
 
+@dataclass(frozen=True)
+class Results:
+    """The components of the page that show what was drawn."""
+
+    status: Any
+    gallery: Any
+    records: Any  # state: the records of the gallery's images
+    chosen: Any  # state: the record of the image that is selected
+    shown: Any
+    again: Any
+    dropped: Any
+
+
 def _results(gr, form: Form, events: Events, page) -> None:
-    adapters = list(form.adapters)
     status = gr.HTML('<div class="job"></div>', elem_id="status")
     gallery = gr.Gallery(
         label="Images", columns=2, object_fit="contain", height="auto", interactive=False, elem_id="gallery",
@@ -152,22 +166,46 @@ def _results(gr, form: Form, events: Events, page) -> None:
                        elem_id="settings")  # fmt: skip
     again = gr.Button("Use these settings again", elem_id="again")
     dropped = gr.File(label="Settings of a PNG that pixart drew: drop it here", height=150, elem_id="dropped")
-    filled = in_order(form.fields, list(form.adapters.values()))
+    results = Results(status, gallery, records, chosen, shown, again, dropped)
+    _connect_drawing(gr, form, results, events, page)
+    _connect_settings(gr, form, results, events)
+    _connect_model(gr, form, results, events, page)
+
+
+def _connect_drawing(gr, form: Form, results: Results, events: Events, page) -> None:
+    adapters = list(form.adapters)
 
     async def on_draw(request: gr.Request, *sent):
         unchanged = gr.skip()
         try:
-            async for html, results in events.draw(request.session_hash, *from_list(sent, adapters)):
-                if results is None:
+            async for html, found in events.draw(request.session_hash, *from_list(sent, adapters)):
+                if found is None:
                     yield html, unchanged, gr.skip(), gr.skip()
                 else:
                     # for a gallery that is skipped Gradio makes its schema anew, half the work of showing a state
-                    unchanged = gr.skip() if results else []
-                    images = [(str(result.path), result.caption) for result in results]
-                    yield html, gr.Gallery(images, selected_index=None), [result.record for result in results], None
+                    unchanged = gr.skip() if found else []
+                    images = [(str(result.path), result.caption) for result in found]
+                    yield html, gr.Gallery(images, selected_index=None), [result.record for result in found], None
         except Busy as busy:
             gr.Warning(str(busy))
             yield [gr.skip()] * 4
+
+    def on_cancel(request: gr.Request):
+        return events.cancel(request.session_hash)
+
+    def on_leave(request: gr.Request):
+        events.leave(request.session_hash)
+
+    form.draw.click(
+        on_draw, form.inputs, [results.status, results.gallery, results.records, results.chosen], api_name="draw",
+        concurrency_limit=None, show_progress="hidden", trigger_mode="multiple",
+    )  # fmt: skip
+    form.cancel.click(on_cancel, None, results.status, queue=False, **INNER)
+    page.unload(on_leave)
+
+
+def _connect_settings(gr, form: Form, results: Results, events: Events) -> None:
+    filled = in_order(form.fields, list(form.adapters.values()))
 
     def on_select(kept, event: gr.SelectData):
         record = kept[event.index]
@@ -178,6 +216,15 @@ def _results(gr, form: Form, events: Events, page) -> None:
             return [html, *(gr.skip() for _ in filled)]
         return [html, *in_order(values, list(values["adapters"].values()))]
 
+    changed = [results.status, *filled]
+    results.gallery.select(on_select, results.records, [results.chosen, results.shown], **INNER)
+    results.again.click(lambda record: fill(*events.fill(record)), results.chosen, changed, **INNER)
+    results.dropped.upload(lambda path: fill(*events.fill_from(path)), results.dropped, changed, **INNER)
+
+
+def _connect_model(gr, form: Form, results: Results, events: Events, page) -> None:
+    adapters = list(form.adapters)
+
     async def on_model(request: gr.Request, model, *strengths):
         pairs = dict(zip(adapters, strengths, strict=True))
         html, sizes, misfit = await events.choose(request.session_hash, model, pairs)
@@ -186,35 +233,16 @@ def _results(gr, form: Form, events: Events, page) -> None:
     async def on_strength(request: gr.Request, model, *strengths):
         return (await on_model(request, model, *strengths))[-1]
 
-    def on_load(request: gr.Request):
+    def on_load():
         return gr.Dropdown(choices=events.names()), gr.Dropdown(choices=compared(events.models))
 
-    def on_cancel(request: gr.Request):
-        return events.cancel(request.session_hash)
-
-    def on_leave(request: gr.Request):
-        events.leave(request.session_hash)
-
-    no_api = {"api_visibility": "private", "show_progress": "hidden"}
-    form.draw.click(
-        on_draw, form.inputs, [status, gallery, records, chosen], api_name="draw", concurrency_limit=None,
-        show_progress="hidden", trigger_mode="multiple",
-    )  # fmt: skip
-    form.cancel.click(on_cancel, None, status, queue=False, **no_api)
-    gallery.select(on_select, records, [chosen, shown], **no_api)
-    again.click(lambda record: fill(*events.fill(record)), chosen, [status, *filled], **no_api)
-    dropped.upload(lambda path: fill(*events.fill_from(path)), dropped, [status, *filled], **no_api)
-    chosen_model = [form.model, *form.adapters.values()]
-    said_of_it = [status, form.fields["size"], form.misfit]
-    form.model.change(on_model, chosen_model, said_of_it, concurrency_limit=None, **no_api)
-    page.load(on_load, None, [form.model, form.other], **no_api).then(
-        on_model, chosen_model, said_of_it, concurrency_limit=None, **no_api
+    asked, said = [form.model, *form.adapters.values()], [results.status, form.fields["size"], form.misfit]
+    form.model.change(on_model, asked, said, concurrency_limit=None, **INNER)
+    page.load(on_load, None, [form.model, form.other], **INNER).then(
+        on_model, asked, said, concurrency_limit=None, **INNER
     )
     for slider in form.adapters.values():
-        slider.change(
-            on_strength, chosen_model, form.misfit, concurrency_limit=None, trigger_mode="always_last", **no_api
-        )
-    page.unload(on_leave)
+        slider.change(on_strength, asked, form.misfit, concurrency_limit=None, trigger_mode="always_last", **INNER)
 
 
 def _training(gr, tab, watch: Watch) -> None:
@@ -225,7 +253,6 @@ def _training(gr, tab, watch: Watch) -> None:
         now = watch.state()
         return (gr.skip(), gr.skip()) if now == before else (watch.show(), now)
 
-    no_api = {"api_visibility": "private", "show_progress": "hidden"}
-    tab.select(lambda: gr.Timer(active=True), None, timer, **no_api)
-    tab.select(look, seen, [shown, seen], **no_api)
-    timer.tick(look, seen, [shown, seen], **no_api)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **INNER)
+    tab.select(look, seen, [shown, seen], **INNER)
+    timer.tick(look, seen, [shown, seen], **INNER)
