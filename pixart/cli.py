@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pixart.console import print_anything
-from pixart.errors import InputError, LostProcess
+from pixart.errors import InputError, LostProcess, disk_problem
 from pixart.files import read_bytes
 from pixart.unicode import decode_text
 
@@ -34,8 +34,8 @@ def closed_pipe_ends() -> Iterator[None]:
 
 
 def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> NoReturn:
-    """Call `main` and exit with what it returns. For wrong input one line is printed, with PIXART_TRACEBACK=1 a
-    traceback.
+    """Call `main` and exit with what it returns. For wrong input, or a disk that cannot be written, one line is
+    printed, with PIXART_TRACEBACK=1 a traceback.
 
     With `keep_memory` the process keeps memory that it has freed for its next allocations, see `keep_freed_memory`.
     """
@@ -51,6 +51,12 @@ def run(main: Callable[[], int | None], *, keep_memory: bool = True) -> NoReturn
         if os.environ.get("PIXART_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        problem = disk_problem(error)
+        if problem is None or os.environ.get("PIXART_TRACEBACK"):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         code = 2
     except LostProcess as error:
         if os.environ.get("PIXART_TRACEBACK"):

@@ -1,7 +1,9 @@
 """Exceptions that are not bugs of this package: wrong input, or the loss of another process of the job."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 LONGEST_LINE = 1200
 
@@ -24,6 +26,25 @@ def _shorten(line: str) -> str:
 
 class LostProcess(RuntimeError):
     """Another process of the job ended or hangs. Checkpoints are unchanged, and the same command resumes."""
+
+
+class CannotWrite(OSError):
+    """A file or folder could not be written, and is as it was; `target` is its path."""
+
+    def __init__(self, target: Path, cause: OSError):
+        super().__init__(*cause.args)
+        self.target = target
+
+
+def disk_problem(error: OSError) -> str | None:
+    """What a command says about an error of the disk that it writes to, None if the error is another one."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    target = error.target if isinstance(error, CannotWrite) else error.filename
+    if not full and not isinstance(error, CannotWrite):
+        return None
+    return (
+        f"{target or 'a file'}: cannot be written ({error.strerror or error}); free some space, or name another place"
+    )
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> InputError:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from pixart.errors import InputError
+from pixart.errors import CannotWrite, InputError
 
 MANIFEST = "manifest.json"
 NAME_BYTES = 255  # of a file or folder, on every usual file system
@@ -136,8 +136,12 @@ def _whole(target: Path, *, durable: bool, shared: bool = False) -> Iterator[Pat
         os.rename(partial, target)
         if durable:
             sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(partial)
+        if type(error).__name__ == "SafetensorError":  # the library's own type for an I/O error
+            raise CannotWrite(target, OSError(str(error))) from error
+        if isinstance(error, OSError) and not isinstance(error, CannotWrite):
+            raise CannotWrite(target, error) from error
         raise
 
 

@@ -1,5 +1,8 @@
 """What the commands share: exit codes, errors as one line, prompt files, contact sheets."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +11,7 @@ import pixart
 from pixart import cli
 from pixart.contact_sheet import contact_sheet
 from pixart.errors import InputError
+from pixart.files import write_file, write_folder
 
 
 def outcome(main, capsys) -> tuple[int, str]:
@@ -48,6 +52,44 @@ def test_an_interrupt_exits_with_130_and_a_bug_is_not_hidden(capsys):
     assert outcome(failing(KeyboardInterrupt()), capsys) == (130, "interrupted\n")
     with pytest.raises(ValueError, match="ours"):
         cli.run(failing(ValueError("ours")))
+
+
+def full_disk(path, file_name=None) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([] if file_name is None else [str(path / file_name)]))
+
+
+def test_a_disk_that_cannot_be_written_is_one_line_that_names_the_place(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("PIXART_TRACEBACK", raising=False)
+    end = "cannot be written (No space left on device); free some space, or name another place\n"
+    assert outcome(failing(full_disk(tmp_path, "log")), capsys) == (2, f"error: {tmp_path}/log: {end}")
+    assert outcome(failing(full_disk(tmp_path)), capsys) == (2, f"error: a file: {end}")
+    (tmp_path / "kept").write_text("before")
+
+    def within(writer, name, error):
+        def main():
+            writer(tmp_path / name, failing_with(error))
+
+        return main
+
+    def failing_with(error):
+        def fill(path):
+            (path / "part" if path.is_dir() else path).write_text("half")
+            raise error
+
+        return fill
+
+    for writer, name in ((write_file, "kept"), (write_folder, "folder")):
+        found = outcome(within(writer, name, full_disk(tmp_path)), capsys)
+        assert found == (2, f"error: {tmp_path / name}: {end}")
+        found = outcome(within(writer, name, OSError("I/O error: No space left on device (os error 28)")), capsys)
+        assert found[0] == 2 and f"{tmp_path / name}: cannot be written (I/O error: No space" in found[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept").read_text() == "before"
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError("anything")):  # bugs are not hidden
+        with pytest.raises(OSError, match=r"No such file|anything"):
+            cli.run(failing(error))
+    monkeypatch.setenv("PIXART_TRACEBACK", "1")
+    with pytest.raises(OSError, match="No space"):
+        cli.run(failing(full_disk(tmp_path)))
 
 
 def test_prompts_stand_one_a_line_without_comments_blank_lines_and_byte_order_mark(tmp_path):

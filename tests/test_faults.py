@@ -246,3 +246,55 @@ def test_a_network_larger_than_memory_is_refused_in_one_line(base):
     sizes = {"model__hidden_size": 65536, "model__depth": 64, "model__num_heads": 16}
     with pytest.raises(InputError, match=r"hidden_size 65536 and depth 64 make weights of .* GB, and this machine has"):
         train(build(base, **sizes))
+
+
+COMMANDS_ON_A_FULL_DISK = """
+import json, resource, sys
+from contextlib import redirect_stderr
+from io import StringIO
+from pixart import commands
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+for words in json.loads(sys.argv[1]):
+    said = StringIO()
+    with redirect_stderr(said):
+        try:
+            commands.main(words)
+        except SystemExit as end:
+            code = end.code
+    print("RESULT " + json.dumps([code, said.getvalue()]))
+"""
+
+
+@pytest.mark.slow
+def test_every_command_says_in_one_line_that_the_disk_is_full_and_leaves_no_half_of_a_file(base, tmp_path):
+    run = str(train(build(base, train__steps=2)).run)
+    out = tmp_path / "out"
+    out.mkdir()
+    calls = {
+        "m": ["convert", run, f"{out}/m", "--to", "diffusers"],
+        "m.pth": ["convert", run, f"{out}/m.pth", "--to", "official"],
+        "ours": ["convert", run, f"{out}/ours", "--to", "ours"],
+        "scores": [
+            "evaluate",
+            run,
+            "--data",
+            base["data"]["folder"],
+            "--metrics",
+            "denoising_error",
+            "--out",
+            f"{out}/e",
+        ],
+        "samples": ["sample", "--model", run, "a cat", "--out", f"{out}/s", "--set", "steps=2"],
+        "plot": ["compare", run, "--output", f"{out}/plot.png"],
+        "costs": ["estimate", f"{run}/config.yaml", "--json", f"{out}/costs.json"],
+    }
+    words = [sys.executable, "-c", COMMANDS_ON_A_FULL_DISK, json.dumps(list(calls.values()))]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
+    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(found) == len(calls), done.stderr
+    for name, (code, said) in zip(calls, found, strict=True):
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(errors) == 1 and "File too large" in errors[0], (name, said)
+        assert str(out) in errors[0], (name, said)
+    assert not [path for path in out.rglob("*") if path.is_file() and path.stat().st_size >= 300]
+    assert not list(out.rglob("*.partial")) and not [path.name for path in out.iterdir() if path.name in calls]

@@ -110,7 +110,7 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"expected the name of a .png file"):
         plot_runs([run], tmp_path / "plot.txt")
     with pytest.raises(InputError, match="cannot be written"):
-        plot_runs([run], tmp_path / "nowhere" / "plot.png")
+        plot_runs([run], run / "metrics.jsonl" / "plot.png")  # a file in place of a folder
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install 'pixart\[plot\]'"):
         plot_runs([run], tmp_path / "plot.png")

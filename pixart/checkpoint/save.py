@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from pixart.arguments import checked, say
 from pixart.checkpoint.cards import TEXT, VAE, implied_card
 from pixart.checkpoint.detect import complete, examine, is_sigma
-from pixart.checkpoint.files import CONFIG, ModelCard, save_model
+from pixart.checkpoint.files import CONFIG, ModelCard, save_model, save_pickle
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
 from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
@@ -204,7 +203,7 @@ def _write_official(path: Path, target: Path, state: dict[str, Tensor], model: P
     if target.suffix == ".safetensors":
         _write_tensors(path, tensors, own_card)
     else:
-        torch.save({"state_dict": tensors, **own_card}, path)
+        save_pickle({"state_dict": tensors, **own_card}, path)
 
 
 def _is_misread(tensors: dict[str, Tensor], card: ModelCard) -> bool:

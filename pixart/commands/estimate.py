@@ -32,6 +32,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     from pixart.config import load_config
     from pixart.errors import InputError
+    from pixart.files import write_text
     from pixart.train.config import TrainConfig
     from pixart.train.devices import check_utilisation, find_device
     from pixart.train.estimate import estimate
@@ -64,6 +65,6 @@ def main(arguments: argparse.Namespace) -> None:
         processes = PAPER[name] if a.paper and name in PAPER else a.processes
         found, measured = estimate(config, processes), rehearse(config) if a.measure else None
         many.append(Costs(name, found, devices.get(name), a.utilisation, a.images, a.tokens, measured))
-    if a.json:
-        Path(a.json).write_text(json.dumps([to_json(costs) for costs in many], indent=2) + "\n", encoding="utf-8")
     print(describe(many[0]) if len(many) == 1 else compare(many, paper=a.paper))
+    if a.json:
+        write_text(Path(a.json), json.dumps([to_json(costs) for costs in many], indent=2) + "\n")

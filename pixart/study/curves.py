@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pixart.errors import missing_extra
 from pixart.evaluate.metric import Score
-from pixart.files import write_png
+from pixart.files import write_file, write_png
 from pixart.study.plan import Arm, step_flops
 from pixart.study.plots import AXES, LOSS, SMOOTHED, interpolate, smooth
 from pixart.study.results import Results, RunValues
@@ -71,7 +71,7 @@ def draw_study(results: Results, target: Path) -> None:
         row[0].set_ylabel(score.unit)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(target, dpi=90)
+    write_file(target, lambda path: figure.savefig(path, dpi=90, format="png"))
 
 
 def _draw_arms(axis: Any, results: Results, score: Score, x: str) -> None:

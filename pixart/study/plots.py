@@ -9,6 +9,7 @@ import numpy as np
 
 from pixart.errors import InputError, missing_extra
 from pixart.evaluate.metric import Declaration, Score
+from pixart.files import write_file
 from pixart.train.metrics import METRICS_FILE, is_number, merge_declarations, read_metrics
 
 LOSS, SPEED = "loss", "images_per_second"  # of training: the first and the last panel
@@ -37,7 +38,7 @@ def plot_runs(runs: Sequence[str | Path], output: str | Path, *, x: str = "step"
     curves = {name: read_curves(Path(run), x) for name, run in zip(name_runs(runs), runs, strict=True)}
     figure = draw_curves(curves, merge_declarations(runs), x=x, log_x=log_x)
     try:
-        figure.savefig(output, dpi=120)
+        write_file(output, lambda path: figure.savefig(path, dpi=120, format="png"))
     except OSError as error:
         raise InputError(f"output {output}: cannot be written ({error})") from None
 
