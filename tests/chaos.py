@@ -315,9 +315,11 @@ def _launch(config: str | Path, run: Path, processes: int, overrides: Sequence[s
 
 
 def _finish(ranks: list) -> dict[int, str]:
-    """Wait for all ranks → the logs of those that failed."""
-    codes = _wait(ranks)
-    return {i: rank.log.read_text() for i, (rank, code) in enumerate(zip(ranks, codes, strict=True)) if code}
+    """Wait for all ranks → the logs of those that failed, with their exit codes; a signal's is negative."""
+    failed = {
+        i: (rank.log.read_text(), code) for i, (rank, code) in enumerate(zip(ranks, _wait(ranks), strict=True)) if code
+    }
+    return {i: f"{text}\nexit code {code}" for i, (text, code) in failed.items()}
 
 
 def _wait(ranks: list) -> list[int]:

@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,22 +44,6 @@ def save_model(folder: Path, state: dict[str, Tensor], card: ModelCard) -> None:
     """
     save_tensors(folder / WEIGHTS, state)
     (folder / CONFIG).write_text(json.dumps(differences(card), indent=2) + "\n", encoding="utf-8")
-
-
-def save_pickle(value: Any, path: Path) -> None:
-    """As torch.save, whose own errors are of another type and do not say why a file could not be written.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
-    """
-    try:
-        with open(path, "wb") as file:
-            torch.save(value, file)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or OSError(str(error)) from None
 
 
 def save_tensors(path: Path, state: dict[str, Tensor]) -> None:

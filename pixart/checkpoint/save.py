@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from pixart.arguments import checked, say
 from pixart.checkpoint.cards import TEXT, VAE, implied_card
 from pixart.checkpoint.detect import complete, examine, is_sigma
-from pixart.checkpoint.files import CONFIG, ModelCard, save_model, save_pickle
+from pixart.checkpoint.files import CONFIG, ModelCard, save_model
 from pixart.checkpoint.keys import NULL_CAPTION, to_diffusers
 from pixart.checkpoint.load import non_finite
 from pixart.checkpoint.locate import CLASSES, PIPELINE, SIDE_CARD, SIDE_NULL, TRANSFORMER_FILES, Found
@@ -203,7 +204,7 @@ def _write_official(path: Path, target: Path, state: dict[str, Tensor], model: P
     if target.suffix == ".safetensors":
         _write_tensors(path, tensors, own_card)
     else:
-        save_pickle({"state_dict": tensors, **own_card}, path)
+        _write_pickle({"state_dict": tensors, **own_card}, path)
 
 
 def _is_misread(tensors: dict[str, Tensor], card: ModelCard) -> bool:
@@ -333,6 +334,22 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         save_file(own, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # the library's own type for an I/O error
         raise OSError(str(error)) from None
+
+
+def _write_pickle(value: object, path: Path) -> None:
+    """As torch.save, whose own errors are of another type and do not say why a file could not be written.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or OSError(str(error)) from None
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pixart.adapters.load import save_adapter
-from pixart.checkpoint.files import checkpoints, save_model, save_pickle, save_tensors, step_name
+from pixart.checkpoint.files import checkpoints, save_model, save_tensors, step_name
 from pixart.files import repeat, sync, verify, write_folder
 from pixart.train.config import TrainConfig
 from pixart.train.distributed import Processes
@@ -114,7 +116,10 @@ class Saver:
             for place, source in snapshot.same.items():
                 repeat(folder / source, folder / place)
             write_moments(folder, snapshot.moments, 0, len(parts) if self.sharded else 1)
-            save_pickle(snapshot.record, folder / STATE)
+            try:
+                torch.save(snapshot.record, folder / STATE)
+            except RuntimeError as error:  # torch's own type for an I/O error
+                raise OSError(f"{folder / STATE}: {error}") from None
 
         if broken := snapshot.not_finite():
             more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
